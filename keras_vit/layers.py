@@ -1,0 +1,650 @@
+"""The layers of a Vision Transformer.
+
+Shapes: B images, H x W pixels, C channels, P x P patches, N tokens, D hidden width.
+"Paper" is Dosovitskiy et al., arXiv 2010.11929; equation numbers are its.
+Everything is `keras.ops`, of rank 4 at most, so that mobile delegates can run it.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_vit.config import check_heads, check_positive_int
+from keras_vit.positions import sincos2d
+
+POSITIONS = ("learned", "sincos2d")
+GELUS = ("erf", "tanh")
+POOLINGS = ("token", "mean", "gap", "map")
+
+
+def check_choice(name, value, choices):
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        options = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {options}. Received: {name}={value!r}.")
+
+
+def split_heads(x, num_heads):
+    """`(B, N, heads * d)` -> `(B, heads, N, d)`."""
+    tokens, width = ops.shape(x)[1], x.shape[-1]
+    x = ops.reshape(x, (-1, tokens, num_heads, width // num_heads))
+    return ops.transpose(x, (0, 2, 1, 3))
+
+
+def merge_heads(x):
+    """`(B, heads, N, d)` -> `(B, N, heads * d)`."""
+    heads, tokens, head_dim = x.shape[1], ops.shape(x)[2], x.shape[3]
+    return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, tokens, heads * head_dim))
+
+
+def attention_probabilities(q, k):
+    """softmax(q k^T / sqrt(d)), Eq. 6: `(B, h, M, d)` and `(B, h, N, d)` -> `(B, h, M, N)`."""
+    q = q * q.shape[-1] ** -0.5
+    return ops.softmax(ops.matmul(q, ops.transpose(k, (0, 1, 3, 2))), axis=-1)
+
+
+def xavier_uniform(fan_in, fan_out):
+    """Glorot's uniform initialiser of a `(fan_in, fan_out)` matrix that is part of a fused one."""
+    limit = math.sqrt(6.0 / (fan_in + fan_out))
+    return keras.initializers.RandomUniform(-limit, limit)
+
+
+@keras.saving.register_keras_serializable(package="keras_vit")
+class Patches(keras.layers.Layer):
+    """Cuts images into flattened patches: x `(B, H, W, C)` -> x_p `(B, N, P*P*C)`.
+
+    N = (H / P) (W / P), row by row; a patch is flattened as (row, column, channel), the order
+    of a convolution kernel `(P, P, C, D)` reshaped to `(P*P*C, D)`.
+
+    Args:
+        patch_size: Side P of a patch in pixels.
+
+    Call arguments:
+        images: `(B, H, W, C)`; H, W and C are static, H and W divisible by P.
+
+    Raises:
+        ValueError: H or W is unknown or not divisible by P.
+
+    Source: the paper, Section 3.1.
+    """
+
+    def __init__(self, patch_size, **kwargs):
+        super().__init__(**kwargs)
+        check_positive_int("patch_size", patch_size)
+        self.patch_size = patch_size
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        p = self.patch_size
+        if height is None or width is None or height % p or width % p:
+            raise ValueError(
+                "The height and width of the input must be known and divisible by `patch_size`. "
+                f"Received: input shape {tuple(input_shape)}, patch_size={p}."
+            )
+        return batch, (height // p) * (width // p), p * p * channels
+
+    def call(self, images):
+        _, tokens, values = self.compute_output_shape(images.shape)
+        _, height, width, channels = images.shape
+        p = self.patch_size
+        x = ops.reshape(images, (-1, p, width // p, p * channels))  # (B * H/P, P, W/P, P*C)
+        x = ops.transpose(x, (0, 2, 1, 3))  # (B * H/P, W/P, P, P*C)
+        return ops.reshape(x, (-1, tokens, values))
+
+    def get_config(self):
+        return {**super().get_config(), "patch_size": self.patch_size}
+
+
+@keras.saving.register_keras_serializable(package="keras_vit")
+class PatchEncoder(keras.layers.Layer):
+    """Projects patches to tokens and gives them positions, Eq. 1.
+
+    z_0 = [x_class; x_p^1 E; ...; x_p^N E] + E_pos, then dropout. Registers, if any, stand
+    between the class token and the patches and have no position.
+
+    Args:
+        hidden_dim: Width D of the tokens.
+        class_token: Whether to prepend a learned class token.
+        num_registers: Number R of learned register tokens.
+        position: "learned" (one vector per patch, and one for the class token) or
+            "sincos2d" (fixed, patches only).
+        grid_size: `(rows, columns)` of the patches; None takes N for a square grid.
+            Only "sincos2d" needs it.
+        dropout: Rate in [0, 1) after the positions are added.
+
+    Call arguments:
+        patches: `(B, N, P*P*C)`, N static.
+
+    Returns:
+        Tokens `(B, 1 + R + N, D)`, without the 1 if there is no class token.
+
+    Raises:
+        ValueError: An argument is out of its range, or the grid does not have N cells.
+
+    Source: the paper, Eq. 1 and B.1 (dropout). Registers: arXiv 2309.16588.
+    """
+
+    def __init__(
+        self,
+        hidden_dim,
+        class_token=True,
+        num_registers=0,
+        position="learned",
+        grid_size=None,
+        dropout=0.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_positive_int("hidden_dim", hidden_dim)
+        check_choice("position", position, POSITIONS)
+        if num_registers < 0:
+            raise ValueError(f"`num_registers` must be >= 0. Received: {num_registers}.")
+        self.hidden_dim = hidden_dim
+        self.use_class_token = class_token
+        self.num_registers = num_registers
+        self.position = position
+        self.grid_size = None if grid_size is None else tuple(grid_size)
+        self.projection = keras.layers.Dense(
+            hidden_dim,
+            kernel_initializer="lecun_normal",
+            dtype=self.dtype_policy,
+            name="projection",
+        )
+        self.dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy, name="dropout")
+
+    def build(self, input_shape):
+        num_patches = input_shape[1]
+        rows, columns = self._grid(num_patches)
+        self.projection.build(input_shape)
+        if self.use_class_token:
+            self.class_token = self.add_weight(
+                shape=(1, 1, self.hidden_dim), initializer="zeros", name="class_token"
+            )
+        if self.num_registers:
+            self.registers = self.add_weight(
+                shape=(1, self.num_registers, self.hidden_dim),
+                initializer=keras.initializers.RandomNormal(stddev=0.02),
+                name="registers",
+            )
+        if self.position == "learned":
+            self.position_embedding = self.add_weight(
+                shape=(1, self.use_class_token + num_patches, self.hidden_dim),
+                initializer=keras.initializers.RandomNormal(stddev=0.02),
+                name="position_embedding",
+            )
+        else:
+            self._sincos = sincos2d((rows, columns), self.hidden_dim)[None]
+
+    def _grid(self, num_patches):
+        """The (rows, columns) of the patches; (None, None) if nothing depends on them."""
+        if self.grid_size is None and self.position != "sincos2d":
+            return None, None
+        rows, columns = self.grid_size or (math.isqrt(num_patches),) * 2
+        if rows * columns != num_patches:
+            raise ValueError(
+                "`grid_size` must be (rows, columns) with rows * columns patches; a square grid "
+                f"may be left out. Received: grid_size={self.grid_size}, {num_patches} patches."
+            )
+        return rows, columns
+
+    def call(self, patches, training=None):
+        tokens = self.projection(patches)  # (B, N, D)
+        if self.position == "sincos2d":
+            tokens = tokens + ops.convert_to_tensor(self._sincos, dtype=self.compute_dtype)
+        elif self.use_class_token:
+            tokens = tokens + self.position_embedding[:, 1:]
+        else:
+            tokens = tokens + self.position_embedding
+        prefix = self._prefix_tokens()
+        if prefix:
+            batch = ops.shape(tokens)[0]
+            prefix = [ops.broadcast_to(x, (batch, *x.shape[1:])) for x in prefix]
+            tokens = ops.concatenate([*prefix, tokens], axis=1)
+        return self.dropout(tokens, training=training)
+
+    def _prefix_tokens(self):
+        """The class token at its position and the registers, `(1, ., D)` each."""
+        prefix = []
+        if self.use_class_token and self.position == "learned":
+            prefix.append(self.class_token + self.position_embedding[:, :1])
+        elif self.use_class_token:
+            prefix.append(ops.convert_to_tensor(self.class_token))
+        if self.num_registers:
+            prefix.append(ops.convert_to_tensor(self.registers))
+        return prefix
+
+    def compute_output_shape(self, input_shape):
+        batch, num_patches, _ = input_shape
+        return batch, self.use_class_token + self.num_registers + num_patches, self.hidden_dim
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "class_token": self.use_class_token,
+            "num_registers": self.num_registers,
+            "position": self.position,
+            "grid_size": self.grid_size,
+            "dropout": self.dropout.rate,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_vit")
+class MultiHeadSelfAttention(keras.layers.Layer):
+    """Multi-head self-attention, Eq. 5-8.
+
+    [q, k, v] = z U_qkv, A = softmax(q k^T / sqrt(d)), SA(z) = A v for each head of width
+    d = D / heads, MSA(z) = [SA_1(z); ...; SA_h(z)] U_msa.
+
+    Args:
+        num_heads: Number of heads; divides D.
+        dropout: Rate in [0, 1) on the output.
+        attention_dropout: Rate in [0, 1) on the attention probabilities A.
+        qk_norm: Whether q and k are layer-normalised per head before the product.
+        layer_norm_epsilon: Epsilon of those norms.
+
+    Call arguments:
+        x: Tokens `(B, N, D)`.
+
+    Returns:
+        `(B, N, D)`.
+
+    Raises:
+        ValueError: D is not divisible by `num_heads`.
+
+    Source: the paper, Appendix A, with the biases its code has. The U_qkv of q, k and v are one
+    kernel `(D, 3 D)`, columns q|k|v, each third initialised as a `(D, D)` matrix of its own.
+    qk_norm: arXiv 2302.05442, Section 2.
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        dropout=0.0,
+        attention_dropout=0.0,
+        qk_norm=False,
+        layer_norm_epsilon=1e-6,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_positive_int("num_heads", num_heads)
+        self.num_heads = num_heads
+        self.qk_norm = qk_norm
+        self.layer_norm_epsilon = layer_norm_epsilon
+        dtype = self.dtype_policy
+        self.dropout = keras.layers.Dropout(dropout, dtype=dtype, name="dropout")
+        self.attention_dropout = keras.layers.Dropout(
+            attention_dropout, dtype=dtype, name="attention_dropout"
+        )
+        if qk_norm:
+            self.query_norm = keras.layers.LayerNormalization(
+                epsilon=layer_norm_epsilon, dtype=dtype, name="query_norm"
+            )
+            self.key_norm = keras.layers.LayerNormalization(
+                epsilon=layer_norm_epsilon, dtype=dtype, name="key_norm"
+            )
+
+    def build(self, input_shape):
+        hidden_dim = input_shape[-1]
+        check_heads(hidden_dim, self.num_heads)
+        self.qkv = keras.layers.Dense(
+            3 * hidden_dim,
+            kernel_initializer=xavier_uniform(hidden_dim, hidden_dim),
+            dtype=self.dtype_policy,
+            name="qkv",
+        )
+        self.proj = keras.layers.Dense(
+            hidden_dim, kernel_initializer="glorot_uniform", dtype=self.dtype_policy, name="proj"
+        )
+        self.qkv.build(input_shape)
+        self.proj.build(input_shape)
+        if self.qk_norm:
+            head_shape = (None, self.num_heads, None, hidden_dim // self.num_heads)
+            self.query_norm.build(head_shape)
+            self.key_norm.build(head_shape)
+
+    def call(self, x, training=None):
+        qkv = split_heads(self.qkv(x), 3 * self.num_heads)  # (B, 3 h, N, d)
+        q, k, v = ops.split(qkv, 3, axis=1)  # (B, h, N, d) each
+        if self.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        a = self.attention_dropout(attention_probabilities(q, k), training=training)
+        return self.dropout(self.proj(merge_heads(ops.matmul(a, v))), training=training)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "dropout": self.dropout.rate,
+            "attention_dropout": self.attention_dropout.rate,
+            "qk_norm": self.qk_norm,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_vit")
+class FeedForward(keras.layers.Layer):
+    """The MLP of a block: MLP(x) = GELU(x W_1 + b_1) W_2 + b_2, each layer followed by dropout.
+
+    Args:
+        mlp_dim: Width of the hidden layer.
+        dropout: Rate in [0, 1) after both dense layers.
+        gelu: "erf" (exact) or "tanh" (approximation).
+
+    Call arguments:
+        x: Tokens `(B, N, D)`.
+
+    Returns:
+        `(B, N, D)`.
+
+    Raises:
+        ValueError: `gelu` is unknown or `mlp_dim` not a positive int.
+
+    Source: the paper, Section 3.1 and B.1; biases start at N(0, 1e-6) as in its code.
+    """
+
+    def __init__(self, mlp_dim, dropout=0.0, gelu="erf", **kwargs):
+        super().__init__(**kwargs)
+        check_positive_int("mlp_dim", mlp_dim)
+        check_choice("gelu", gelu, GELUS)
+        self.mlp_dim = mlp_dim
+        self.gelu = gelu
+        self.dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy, name="dropout")
+
+    def _dense(self, units, name):
+        return keras.layers.Dense(
+            units,
+            kernel_initializer="glorot_uniform",
+            bias_initializer=keras.initializers.RandomNormal(stddev=1e-6),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def build(self, input_shape):
+        self.fc1 = self._dense(self.mlp_dim, "fc1")
+        self.fc2 = self._dense(input_shape[-1], "fc2")
+        self.fc1.build(input_shape)
+        self.fc2.build((*input_shape[:-1], self.mlp_dim))
+
+    def call(self, x, training=None):
+        x = keras.activations.gelu(self.fc1(x), approximate=self.gelu == "tanh")
+        x = self.dropout(x, training=training)
+        return self.dropout(self.fc2(x), training=training)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "mlp_dim": self.mlp_dim,
+            "dropout": self.dropout.rate,
+            "gelu": self.gelu,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_vit")
+class LayerScale(keras.layers.Layer):
+    """Multiplies each of the D features by a learned factor: y = gamma * x.
+
+    Args:
+        initial_value: The factors at the start of training, such as 1e-5.
+
+    Call arguments:
+        x: `(..., D)`.
+
+    Source: "Going deeper with Image Transformers" (arXiv 2103.17239, Section 2).
+    """
+
+    def __init__(self, initial_value, **kwargs):
+        super().__init__(**kwargs)
+        self.initial_value = initial_value
+
+    def build(self, input_shape):
+        self.gamma = self.add_weight(
+            shape=(input_shape[-1],),
+            initializer=keras.initializers.Constant(self.initial_value),
+            name="gamma",
+        )
+
+    def call(self, x):
+        return x * self.gamma
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "initial_value": self.initial_value}
+
+
+@keras.saving.register_keras_serializable(package="keras_vit")
+class TransformerBlock(keras.layers.Layer):
+    """A pre-norm encoder block, Eq. 2-3: z' = MSA(LN(z)) + z, z'' = MLP(LN(z')) + z'.
+
+    With `layer_scale` and `drop_path`, each branch f adds DropPath(gamma * f(LN(z))).
+
+    Args:
+        num_heads: Attention heads; divides D.
+        mlp_dim: Width of the MLP's hidden layer.
+        dropout: Rate in [0, 1) after every dense layer except qkv.
+        attention_dropout: Rate in [0, 1) on the attention probabilities.
+        drop_path: Probability in [0, 1) that a branch is left out, per image (stochastic depth).
+        layer_scale: Initial value of LayerScale on both branches, or None for none.
+        qk_norm: Whether q and k are layer-normalised per head.
+        gelu: "erf" or "tanh".
+        layer_norm_epsilon: Epsilon of every LayerNorm of the block.
+
+    Call arguments:
+        x: Tokens `(B, N, D)`.
+
+    Returns:
+        `(B, N, D)`.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Source: the paper, Eq. 2-3; DropPath: arXiv 1603.09382.
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        mlp_dim,
+        dropout=0.0,
+        attention_dropout=0.0,
+        drop_path=0.0,
+        layer_scale=None,
+        qk_norm=False,
+        gelu="erf",
+        layer_norm_epsilon=1e-6,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.layer_scale = layer_scale
+        self.layer_norm_epsilon = layer_norm_epsilon
+        dtype = self.dtype_policy
+        self.norm1 = keras.layers.LayerNormalization(
+            epsilon=layer_norm_epsilon, dtype=dtype, name="norm1"
+        )
+        self.attention = MultiHeadSelfAttention(
+            num_heads,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            qk_norm=qk_norm,
+            layer_norm_epsilon=layer_norm_epsilon,
+            dtype=dtype,
+            name="attention",
+        )
+        self.layer_scale1 = self._layer_scale("layer_scale1")
+        self.norm2 = keras.layers.LayerNormalization(
+            epsilon=layer_norm_epsilon, dtype=dtype, name="norm2"
+        )
+        self.feed_forward = FeedForward(
+            mlp_dim, dropout=dropout, gelu=gelu, dtype=dtype, name="feed_forward"
+        )
+        self.layer_scale2 = self._layer_scale("layer_scale2")
+        # One decision per image and branch: the mask is (B, 1, 1).
+        self.drop_path = keras.layers.Dropout(
+            drop_path, noise_shape=(None, 1, 1), dtype=dtype, name="drop_path"
+        )
+
+    def _layer_scale(self, name):
+        if self.layer_scale is None:
+            return keras.layers.Identity(dtype=self.dtype_policy, name=name)
+        return LayerScale(self.layer_scale, dtype=self.dtype_policy, name=name)
+
+    def build(self, input_shape):
+        for layer in (
+            self.norm1,
+            self.attention,
+            self.layer_scale1,
+            self.norm2,
+            self.feed_forward,
+            self.layer_scale2,
+        ):
+            layer.build(input_shape)
+
+    def call(self, x, training=None):
+        y = self.layer_scale1(self.attention(self.norm1(x), training=training))
+        x = x + self.drop_path(y, training=training)
+        y = self.layer_scale2(self.feed_forward(self.norm2(x), training=training))
+        return x + self.drop_path(y, training=training)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_heads": self.attention.num_heads,
+            "mlp_dim": self.feed_forward.mlp_dim,
+            "dropout": self.feed_forward.dropout.rate,
+            "attention_dropout": self.attention.attention_dropout.rate,
+            "drop_path": self.drop_path.rate,
+            "layer_scale": self.layer_scale,
+            "qk_norm": self.attention.qk_norm,
+            "gelu": self.feed_forward.gelu,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_vit")
+class TokenPooling(keras.layers.Layer):
+    """Makes one vector of the tokens: `(B, N, D)` -> `(B, D)`.
+
+    Args:
+        pooling: "token": the first token, the class token (Eq. 4); "mean": the mean of all
+            tokens, the class token and registers included; "gap": the mean of the patch tokens.
+        num_prefix_tokens: How many tokens stand before the patches; "gap" leaves them out.
+
+    Call arguments:
+        x: Tokens `(B, N, D)`.
+
+    Raises:
+        ValueError: `pooling` is unknown.
+
+    Source: the paper, Eq. 4; "gap" is its code's name and D.3's alternative.
+    """
+
+    def __init__(self, pooling="token", num_prefix_tokens=1, **kwargs):
+        super().__init__(**kwargs)
+        check_choice("pooling", pooling, ("token", "mean", "gap"))
+        self.pooling = pooling
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def call(self, x):
+        if self.pooling == "token":
+            return x[:, 0]
+        if self.pooling == "gap":
+            x = x[:, self.num_prefix_tokens :]
+        return ops.mean(x, axis=1)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape[0], input_shape[-1]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "pooling": self.pooling,
+            "num_prefix_tokens": self.num_prefix_tokens,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_vit")
+class AttentionPooling(keras.layers.Layer):
+    """Multi-head attention pooling (MAP): a learned probe attends over all tokens.
+
+    y = MHA(probe, x, x); pooled = y + MLP(LN(y)): `(B, N, D)` -> `(B, D)`.
+
+    Args:
+        num_heads: Attention heads; divides D.
+        mlp_dim: Width of the MLP's hidden layer.
+        gelu: "erf" or "tanh".
+        layer_norm_epsilon: Epsilon of the LayerNorm.
+
+    Call arguments:
+        x: Tokens `(B, N, D)`.
+
+    Raises:
+        ValueError: D is not divisible by `num_heads`.
+
+    Source: "Scaling Vision Transformers" (arXiv 2106.04560, Section 3.2), big_vision's MAPHead.
+    """
+
+    def __init__(self, num_heads, mlp_dim, gelu="erf", layer_norm_epsilon=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        check_positive_int("num_heads", num_heads)
+        self.num_heads = num_heads
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.norm = keras.layers.LayerNormalization(
+            epsilon=layer_norm_epsilon, dtype=self.dtype_policy, name="norm"
+        )
+        self.feed_forward = FeedForward(
+            mlp_dim, gelu=gelu, dtype=self.dtype_policy, name="feed_forward"
+        )
+
+    def build(self, input_shape):
+        batch, _, hidden_dim = input_shape
+        check_heads(hidden_dim, self.num_heads)
+        self.probe = self.add_weight(
+            shape=(1, 1, hidden_dim),
+            initializer=xavier_uniform(1, hidden_dim),
+            name="probe",
+        )
+        initializer = xavier_uniform(hidden_dim, hidden_dim)
+        for name, parts in (("query", 1), ("key_value", 2), ("proj", 1)):
+            dense = keras.layers.Dense(
+                parts * hidden_dim,
+                kernel_initializer=initializer.clone(),
+                dtype=self.dtype_policy,
+                name=name,
+            )
+            dense.build(input_shape)
+            setattr(self, name, dense)
+        self.norm.build((batch, 1, hidden_dim))
+        self.feed_forward.build((batch, 1, hidden_dim))
+
+    def call(self, x):
+        # The probe is the same for every image: its query is computed once, with batch size 1.
+        q = split_heads(self.query(ops.convert_to_tensor(self.probe)), self.num_heads)
+        kv = split_heads(self.key_value(x), 2 * self.num_heads)  # (B, 2 h, N, d)
+        k, v = ops.split(kv, 2, axis=1)
+        y = self.proj(merge_heads(ops.matmul(attention_probabilities(q, k), v)))  # (B, 1, D)
+        y = y + self.feed_forward(self.norm(y))
+        return ops.reshape(y, (-1, x.shape[-1]))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape[0], input_shape[-1]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "mlp_dim": self.feed_forward.mlp_dim,
+            "gelu": self.feed_forward.gelu,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+        }
