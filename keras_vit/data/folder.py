@@ -1,0 +1,302 @@
+"""A folder of images, one folder per class, with or without folders for the splits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from keras_vit.data.images import ImageFacts, check_image, read_image
+from keras_vit.data.structures import ImageData, Split, fingerprint
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+
+_SPLIT_NAMES = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+_PROGRESS_FROM = 500  # files; fewer are checked before a progress bar is worth drawing
+_NAMED_UNREADABLE = 3
+
+# Class name -> paths of its images, relative to the root, with forward slashes.
+Classes = dict[str, list[str]]
+
+
+def load_folder(path: str | os.PathLike, *, skip_unreadable: bool = False) -> ImageData:
+    """Loads a folder of images whose subfolders are the classes.
+
+    The folder holds either `class/image.jpg` or `split/class/image.jpg`, the splits being
+    "train", "val" (or "valid", "validation") and "test". Labels follow the sorted class names.
+    Images are the files with one of `EXTENSIONS`, in any case and at any depth below their
+    class; hidden files and folders are ignored, and so are links to folders inside a class.
+
+    Splits that are missing are carved out of the images for training, class by class, at least
+    one image each:
+
+    - without any split, or with "train" alone: 10 % for validation and 10 % for test;
+    - without "val": 10 % of "train" for validation;
+    - without "test": "val" is the test split, and 10 % of "train" are for validation, so that
+      what is reported was not chosen by.
+
+    Which images these are depends on a hash of their paths, so that new files move few others.
+    The same hash orders the images of each split, which mixes the classes.
+
+    Every file is decoded once here, so that a damaged one is found now and not in training.
+
+    Args:
+        path: The folder; `~` stands for the home directory.
+        skip_unreadable: Whether to leave unreadable files out, and to list them in `skipped`,
+            rather than to fail.
+
+    Returns:
+        An `ImageData`.
+
+    Raises:
+        ValueError: If the folder or its classes are missing, empty, too small for the splits or
+            different between splits, or if files are unreadable; says which.
+    """
+    root = Path(path).expanduser().absolute()
+    splits = _list_splits(root)
+    class_names = _common_class_names(root, splits)
+    facts, unreadable = _check_files(root, splits)
+    if unreadable and not skip_unreadable:
+        raise ValueError(_describe_unreadable(unreadable, len(facts) + len(unreadable)))
+    splits = _complete_splits(_without(splits, unreadable))
+    files = {name: _labelled_files(classes, class_names) for name, classes in splits.items()}
+    return ImageData(
+        name=f"folder:{path}",
+        class_names=class_names,
+        **{name: _to_split(root, files[name], facts) for name in files},
+        image_size=_median_size([facts[file] for file, _ in files["train"]]),
+        fingerprint=_fingerprint(root, class_names, files),
+        skipped=tuple(str(root / file) for file in sorted(unreadable)),
+    )
+
+
+def _list_splits(root: Path) -> dict[str, Classes]:
+    """The images by split; all are under "train" where the folder has no splits."""
+    if not root.exists():
+        raise ValueError(f"The image folder does not exist. Received: path={str(root)!r}.")
+    if not root.is_dir():
+        raise ValueError(f"The image folder is a file. Received: path={str(root)!r}.")
+    folders = _subfolders(root)
+    split_folders = [folder for folder in folders if _is_split(folder)]
+    if not split_folders:
+        return {"train": _list_classes(root, root)}
+    _require_plain_splits(root, split_folders, [f for f in folders if f not in split_folders])
+    return {_SPLIT_NAMES[f.name.lower()]: _list_classes(root, f) for f in split_folders}
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def _is_split(folder: Path) -> bool:
+    """Whether a folder has a split's name and holds folders only: "train" may be a class."""
+    if folder.name.lower() not in _SPLIT_NAMES or not _subfolders(folder):
+        return False
+    return not any(_is_image(file.name) for file in folder.iterdir())
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _require_plain_splits(root: Path, splits: list[Path], others: list[Path]) -> None:
+    others = [folder.name for folder in others if _list_images(root, folder)]
+    names = [folder.name for folder in splits]
+    roles = [_SPLIT_NAMES[name.lower()] for name in names]
+    if others:
+        raise ValueError(
+            "An image folder must hold either split folders with class folders inside, or class "
+            f"folders. Received: path={str(root)!r} with the split folders {names} and, beside "
+            f"them, folders with images: {others}."
+        )
+    if len(set(roles)) < len(roles):
+        raise ValueError(
+            f"An image folder must hold each split once. Received: path={str(root)!r} with {names}."
+        )
+    if "train" not in roles:
+        raise ValueError(
+            "An image folder with split folders must hold 'train'. "
+            f"Received: path={str(root)!r} with {names}."
+        )
+
+
+def _list_classes(root: Path, folder: Path) -> Classes:
+    classes = {f.name: _list_images(root, f) for f in _subfolders(folder)}
+    if not classes:
+        raise ValueError(
+            "An image folder must hold a folder of images for each class. "
+            f"Received: path={str(folder)!r} without any folder inside."
+        )
+    if empty := [name for name, files in classes.items() if not files]:
+        raise ValueError(
+            f"Every class folder must hold images ({', '.join(EXTENSIONS)}). "
+            f"Received: path={str(folder)!r} with the empty classes {empty}."
+        )
+    return classes
+
+
+def _list_images(root: Path, folder: Path) -> list[str]:
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        relative = Path(parent).relative_to(root)
+        files += [(relative / name).as_posix() for name in names if _is_image(name)]
+    return sorted(files)
+
+
+def _common_class_names(root: Path, splits: dict[str, Classes]) -> tuple[str, ...]:
+    expected = set(splits["train"])
+    for name, classes in splits.items():
+        missing, extra = sorted(expected - set(classes)), sorted(set(classes) - expected)
+        if missing or extra:
+            raise ValueError(
+                "Every split must hold the classes of 'train'. "
+                f"Received: path={str(root)!r} with {name!r}, missing {missing}, extra {extra}."
+            )
+    if len(expected) < 2:
+        raise ValueError(
+            "An image folder must hold at least two classes. "
+            f"Received: path={str(root)!r} with the classes {sorted(expected)}."
+        )
+    return tuple(sorted(expected))
+
+
+def _check_files(
+    root: Path, splits: dict[str, Classes]
+) -> tuple[dict[str, ImageFacts], dict[str, str]]:
+    """Decodes every file once: the facts of the readable ones, the errors of the others."""
+
+    def check(file: str) -> ImageFacts | str:
+        try:
+            return check_image(root / file)
+        except ValueError as error:
+            return str(error)
+
+    files = [file for classes in splits.values() for names in classes.values() for file in names]
+    found = dict(zip(files, _map_threads(check, files), strict=True))
+    facts = {file: result for file, result in found.items() if not isinstance(result, str)}
+    return facts, {file: result for file, result in found.items() if isinstance(result, str)}
+
+
+def _map_threads(function: Callable, items: list) -> list:
+    """Applies a function in threads, with a progress bar where a person may be waiting."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    quiet = len(items) <= _PROGRESS_FROM or not console.is_terminal
+    with ThreadPool(min(32, 2 * (os.cpu_count() or 1))) as pool:
+        results = pool.imap(function, items, chunksize=16)
+        return list(track(results, "Checking images", len(items), console=console, disable=quiet))
+
+
+def _describe_unreadable(unreadable: dict[str, str], total: int) -> str:
+    named = [unreadable[file] for file in sorted(unreadable)[:_NAMED_UNREADABLE]]
+    more = len(unreadable) - len(named)
+    return (
+        f"{len(unreadable)} of {total} images cannot be read. Repair or remove them, or leave them "
+        "out with skip_unreadable=True (`--skip-unreadable` on the command line). Received: "
+        + " ".join(named)
+        + (f" And {more} more." if more else "")
+    )
+
+
+def _without(splits: dict[str, Classes], unreadable: dict[str, str]) -> dict[str, Classes]:
+    kept = {
+        split: {name: [f for f in files if f not in unreadable] for name, files in classes.items()}
+        for split, classes in splits.items()
+    }
+    for split, classes in kept.items():
+        if empty := [name for name, files in classes.items() if not files]:
+            raise ValueError(
+                "Every class must hold a readable image. "
+                f"Received: classes {empty} of {split!r} with unreadable files only."
+            )
+    return kept
+
+
+def _complete_splits(splits: dict[str, Classes]) -> dict[str, Classes]:
+    train, validation, test = (splits.get(name) for name in ("train", "validation", "test"))
+    if validation is None and test is None:
+        train, validation, test = _carve(train, 2)
+    elif validation is None or test is None:
+        test = test or validation
+        train, validation = _carve(train, 1)
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _carve(classes: Classes, count: int) -> list[Classes]:
+    """Takes `count` parts of a tenth of each class: `[rest, part, ...]`."""
+    parts = [{} for _ in range(count + 1)]
+    for name, files in classes.items():
+        if len(files) <= count:
+            raise ValueError(
+                f"Every class must hold at least {count + 1} images, one for each split made of "
+                f"them. Received: class {name!r} with {len(files)}."
+            )
+        files = sorted(files, key=_hash)
+        size = max(1, (len(files) + 5) // 10)  # a tenth, rounded
+        for index in range(count):
+            parts[index + 1][name] = files[index * size : (index + 1) * size]
+        parts[0][name] = files[count * size :]
+    return parts
+
+
+def _hash(file: str) -> str:
+    return hashlib.sha256(os.fsencode(file)).hexdigest()
+
+
+def _labelled_files(classes: Classes, class_names: tuple[str, ...]) -> list[tuple[str, int]]:
+    files = [(file, label) for label, name in enumerate(class_names) for file in classes[name]]
+    return sorted(files, key=lambda item: _hash(item[0]))
+
+
+def _to_split(root: Path, files: list[tuple[str, int]], facts: dict[str, ImageFacts]) -> Split:
+    paths = [os.fsencode(root / file) for file, _ in files]
+    labels = np.array([label for _, label in files], np.int32)
+    plain = np.array([facts[file].plain_jpeg for file, _ in files])
+    dataset = tf.data.Dataset.from_tensor_slices((paths, labels, plain))
+    dataset = dataset.map(_load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return Split(dataset, len(files))
+
+
+def _load(path: tf.Tensor, label: tf.Tensor, plain_jpeg: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    image = tf.cond(plain_jpeg, lambda: _load_plain_jpeg(path), lambda: _load_any(path))
+    return tf.ensure_shape(image, (None, None, 3)), label
+
+
+def _load_plain_jpeg(path: tf.Tensor) -> tf.Tensor:
+    # Python's lock does not hold this one back. With accurate arithmetic the pixels are Pillow's.
+    return tf.io.decode_jpeg(tf.io.read_file(path), channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def _load_any(path: tf.Tensor) -> tf.Tensor:
+    return tf.numpy_function(
+        lambda name: read_image(os.fsdecode(name)), [path], tf.uint8, stateful=False
+    )
+
+
+def _median_size(facts: list[ImageFacts]) -> tuple[int, int]:
+    height, width = np.median([(fact.height, fact.width) for fact in facts], axis=0)
+    return int(height), int(width)
+
+
+def _fingerprint(
+    root: Path, class_names: tuple[str, ...], files: dict[str, list[tuple[str, int]]]
+) -> str:
+    sized = {
+        split: sorted((file, (root / file).stat().st_size) for file, _ in labelled)
+        for split, labelled in files.items()
+    }
+    return fingerprint(class_names=class_names, files=sized)

@@ -1,0 +1,37 @@
+"""Where images come from: one short spec names any of the sources."""
+
+from __future__ import annotations
+
+from keras_vit.data.digits import load_digits
+from keras_vit.data.folder import load_folder
+from keras_vit.data.structures import ImageData
+from keras_vit.data.tfds import load_tfds
+
+_FORMS = '"digits", "folder:PATH" or "tfds:NAME[:CONFIG]"'
+
+
+def load_data(spec: str, *, skip_unreadable: bool = False) -> ImageData:
+    """Loads labelled images in three disjoint splits that are the same every time.
+
+    Args:
+        spec: "digits" (see `load_digits`), "folder:PATH" (see `load_folder`) or
+            "tfds:NAME[:CONFIG]" (see `load_tfds`).
+        skip_unreadable: Whether to leave unreadable files of a folder out rather than to fail.
+
+    Returns:
+        An `ImageData`.
+
+    Raises:
+        TypeError: If `spec` is not a string.
+        ValueError: If `spec` has none of the three forms, or the data cannot be used.
+    """
+    if not isinstance(spec, str):
+        raise TypeError(f"`spec` must be a string: {_FORMS}. Received: spec={spec!r}.")
+    source, _, rest = spec.partition(":")
+    if spec == "digits":
+        return load_digits()
+    if source == "folder" and rest:
+        return load_folder(rest, skip_unreadable=skip_unreadable)
+    if source == "tfds" and rest:
+        return load_tfds(rest)
+    raise ValueError(f"`spec` must be {_FORMS}. Received: spec={spec!r}.")

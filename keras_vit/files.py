@@ -1,0 +1,48 @@
+"""Files are written to a temporary name and moved: what was there before survives a failure."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary path beside `path`; it becomes `path` if the block succeeds.
+
+    Args:
+        path: The file or folder to write. Its folder is made.
+
+    Yields:
+        A `pathlib.Path` with the suffix of `path`; nothing stands there yet.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Writes `text` to the file `path` in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    """Writes `value` to the file `path` as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_new(path, overwrite, how="pass overwrite=True (--overwrite)"):
+    """Raises ValueError if something stands at `path`, unless `overwrite`."""
+    if os.path.lexists(path) and not overwrite:
+        raise ValueError(f"{path} exists already: {how}, or choose another path.")

@@ -1,0 +1,122 @@
+"""The run folder: everything to look at, reproduce, evaluate and export a training run.
+
+run.json             configuration, seed, versions, data fingerprint, results
+best.keras           the model of the epoch with the best validation accuracy
+last.keras           the model and optimizer after the last epoch
+history.csv          one row per epoch
+curves.png           loss and accuracy over the epochs
+tensorboard/         the same for TensorBoard
+evaluation/          written by `keras-vit evaluate`
+export/              written by `keras-vit export`
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import keras
+
+import keras_vit.model  # noqa: F401  registers the layers that a model file needs
+from keras_vit.data import load_data
+from keras_vit.files import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run on disk.
+
+    Args:
+        folder: The run folder.
+        info: The content of run.json.
+    """
+
+    folder: pathlib.Path
+    info: dict
+
+    @property
+    def class_names(self):
+        """Names of the classes, in the order of the logits."""
+        return self.info["data"]["class_names"]
+
+    def model(self, which="best"):
+        """Loads the "best" or the "last" model."""
+        path = self.folder / f"{which}.keras"
+        if not path.exists():
+            raise ValueError(f"{path} is missing: the run saved no model yet.")
+        return keras.saving.load_model(path)
+
+    def data(self, spec=None):
+        """Loads the data of the run, or other data with the same classes.
+
+        Raises:
+            ValueError: The data's classes are not the run's, or the run's own data have changed
+                since, so that its splits may differ.
+        """
+        recorded = self.info["data"]
+        data = load_data(
+            spec or recorded["name"], skip_unreadable=recorded["skipped"] > 0 and spec is None
+        )
+        if list(data.class_names) != self.class_names:
+            raise ValueError(
+                f"The classes of {data.name} must be those the model was trained on: "
+                f"{self.class_names}. Received: {list(data.class_names)}."
+            )
+        if spec is None and data.fingerprint != recorded["fingerprint"]:
+            raise ValueError(
+                f"{data.name} has changed since the run was trained on it, and its splits with "
+                f"it. Name the data to use with `--data`. Received: fingerprint "
+                f"{data.fingerprint}, expected {recorded['fingerprint']}."
+            )
+        return data
+
+
+def load_run(folder):
+    """Opens a run folder.
+
+    Args:
+        folder: A folder that `train` wrote.
+
+    Returns:
+        A `Run`.
+
+    Raises:
+        ValueError: `folder` is not a run folder.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{folder} is not a run folder: run.json cannot be read ({error})."
+        ) from error
+    return Run(folder, info)
+
+
+def save_run(run):
+    """Writes run.json."""
+    write_json(run.folder / "run.json", run.info)
+
+
+def check_run_folder(folder, overwrite):
+    """Raises ValueError if something stands at `folder`: a run, unless `overwrite`, or else."""
+    folder = pathlib.Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / "run.json").exists():
+        raise ValueError(f"{folder} exists and is not a run folder: choose another path.")
+    if not overwrite:
+        raise ValueError(
+            f"{folder} holds a run already: pass overwrite=True (--overwrite) to replace it, "
+            "or choose another path."
+        )
+
+
+def new_run_folder(folder, overwrite):
+    """Makes an empty run folder; see `check_run_folder` for what it refuses."""
+    check_run_folder(folder, overwrite)
+    folder = pathlib.Path(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,301 @@
+"""`train`: data and a recipe in, a run folder out."""
+
+import contextlib
+import csv
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import time
+
+import keras
+import matplotlib.figure
+import tensorflow as tf
+from rich.console import Console
+
+from keras_vit.config import ViTConfig
+from keras_vit.data import load_data
+from keras_vit.data.pipeline import evaluation_batches, training_batches
+from keras_vit.files import replacing
+from keras_vit.model import build_vit
+from keras_vit.training.callbacks import Checkpoints, Progress, StopOnNonFinite
+from keras_vit.training.recipes import RECIPES, Recipe, default_recipe
+from keras_vit.training.run import Run, check_run_folder, new_run_folder, save_run
+
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+
+
+def train(
+    data="digits",
+    out="runs/digits",
+    *,
+    recipe=None,
+    precision="float32",
+    jit_compile=None,
+    early_stop=None,
+    seed=0,
+    skip_unreadable=False,
+    overwrite=False,
+    **overrides,
+):
+    """Trains a Vision Transformer on images and writes a run folder.
+
+    AdamW with linear warm-up and cosine decay; the weight decay acts on kernels alone, not on
+    biases, norms, tokens and positions.
+
+    Example:
+
+        run = train("folder:flowers", "runs/flowers", epochs=20)
+        model = run.model()
+
+    Args:
+        data: "digits", "folder:PATH" or "tfds:NAME[:CONFIG]".
+        out: The run folder to write; see `keras_vit.training.run` for what it holds.
+        recipe: A `Recipe`, a name of `RECIPES`, or None for the one that fits the images' size.
+        precision: "float32", "mixed_bfloat16" or "mixed_float16".
+        jit_compile: Whether the training step is compiled by XLA; None: if there is a GPU.
+        early_stop: Epochs without a better validation accuracy before training stops, or None.
+        seed: Seed of the weights, the order of the images and the augmentation.
+        skip_unreadable: Leave out files that cannot be read instead of refusing them.
+        overwrite: Replace the run that stands at `out`.
+        **overrides: Fields of the recipe to change, such as `epochs=20`.
+
+    Returns:
+        The `Run`. `run.info["results"]` has the accuracies; `run.model()` loads the best model.
+
+    Raises:
+        ValueError: An argument is out of its range, the data cannot be used, or `out` exists.
+        TypeError: An override is not a field of `Recipe`.
+        NonFiniteLossError: The training diverged; the last good model stays in `out`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {PRECISIONS}. Received: {precision!r}.")
+    check_run_folder(out, overwrite)
+    console = Console()
+    data = load_data(data, skip_unreadable=skip_unreadable)
+    recipe = resolve_recipe(recipe, data.image_size, overrides)
+    recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, data.train.count))
+    keras.utils.set_random_seed(seed)
+    with dtype_policy(precision):
+        model = build_model(recipe, data.num_classes)
+    folder = new_run_folder(out, overwrite)
+    options = {
+        "precision": precision,
+        "jit_compile": bool(jit_compile if jit_compile is not None else _has_gpu()),
+        "early_stop": early_stop,
+        "seed": seed,
+    }
+    run = Run(folder, _describe(data, recipe, options, model))
+    save_run(run)
+    _print_header(console, run)
+    return _fit_and_record(run, model, data, recipe, console)
+
+
+def resolve_recipe(recipe, image_size, overrides):
+    """The `Recipe` of a name, of None (by the images' native size) or of itself, with overrides."""
+    if recipe is None:
+        recipe = default_recipe(image_size)
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}. Received: {recipe!r}.")
+        recipe = RECIPES[recipe]
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"`recipe` must be a Recipe, a name or None. Received: {recipe!r}.")
+    unknown = set(overrides) - {field.name for field in dataclasses.fields(Recipe)}
+    if unknown:
+        raise TypeError(f"Not a field of Recipe: {', '.join(sorted(unknown))}.")
+    return dataclasses.replace(recipe, **overrides)
+
+
+def build_model(recipe, num_classes):
+    """The model of a recipe."""
+    return build_vit(
+        recipe.variant,
+        image_size=recipe.image_size,
+        num_classes=num_classes,
+        patch_size=recipe.patch_size,
+        pooling=recipe.pooling,
+        class_token=recipe.pooling in ("token", "mean"),
+        position=recipe.position,
+        dropout=recipe.dropout,
+        drop_path=recipe.drop_path,
+        normalization=recipe.normalization,
+    )
+
+
+def build_optimizer(recipe, model, steps_per_epoch):
+    """AdamW whose rate rises linearly from 0 and falls as a cosine to 0 at the last step."""
+    warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0 if warmup_steps else recipe.learning_rate,
+        warmup_target=recipe.learning_rate if warmup_steps else None,
+        warmup_steps=warmup_steps,
+        decay_steps=recipe.epochs * steps_per_epoch - warmup_steps,
+    )
+    optimizer = keras.optimizers.AdamW(
+        schedule, weight_decay=recipe.weight_decay, global_clipnorm=recipe.clip_norm
+    )
+    optimizer.exclude_from_weight_decay(
+        [weight for weight in model.trainable_weights if weight.name != "kernel"]
+    )
+    return optimizer
+
+
+@contextlib.contextmanager
+def dtype_policy(name):
+    """Sets Keras' dtype policy within the block."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _fit_and_record(run, model, data, recipe, console):
+    """Trains, tests the best model, and keeps run.json true whatever happens."""
+    start = time.perf_counter()
+    results = run.info["results"]
+    try:
+        checkpoints = _fit(run, model, data, recipe, console)
+        results.update(
+            best_epoch=checkpoints.best_epoch,
+            validation_accuracy=checkpoints.best[0],
+            test_accuracy=_test_accuracy(run, data, recipe),
+        )
+        results["status"] = "finished"
+    except BaseException as error:
+        results.update(status="stopped", error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        results["seconds"] = round(time.perf_counter() - start, 1)
+        save_run(run)
+        plot_curves(run.folder)
+    console.print(
+        f"test accuracy {results['test_accuracy']:.4f} (best epoch {results['best_epoch']}, "
+        f"{results['seconds']:.0f} s) -> {run.folder}",
+        highlight=False,
+    )
+    return run
+
+
+def _fit(run, model, data, recipe, console):
+    options = run.info["options"]
+    size = (recipe.image_size,) * 2
+    steps_per_epoch = max(1, data.train.count // recipe.batch_size)
+    model.compile(
+        optimizer=build_optimizer(recipe, model, steps_per_epoch),
+        loss=keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=recipe.label_smoothing
+        ),
+        metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+        jit_compile=options["jit_compile"],
+    )
+    batches = training_batches(
+        data.train,
+        size,
+        recipe.batch_size,
+        data.num_classes,
+        min_crop_area=recipe.min_crop_area,
+        flip=recipe.flip,
+        seed=options["seed"],
+    )
+    checkpoints = Checkpoints(run.folder)
+    callbacks = [
+        StopOnNonFinite(),
+        Progress(console, recipe.batch_size),
+        checkpoints,
+        keras.callbacks.CSVLogger(str(run.folder / "history.csv")),
+        keras.callbacks.TensorBoard(str(run.folder / "tensorboard"), write_graph=False),
+    ]
+    if options["early_stop"] is not None:
+        callbacks.append(
+            keras.callbacks.EarlyStopping(
+                "val_accuracy", mode="max", patience=options["early_stop"]
+            )
+        )
+    model.fit(
+        batches,
+        epochs=recipe.epochs,
+        steps_per_epoch=steps_per_epoch,
+        validation_data=evaluation_batches(
+            data.validation, size, recipe.batch_size, data.num_classes
+        ),
+        callbacks=callbacks,
+        shuffle=False,  # the batches are
+        verbose=0,
+    )
+    return checkpoints
+
+
+def _test_accuracy(run, data, recipe):
+    """The accuracy of the best model on the test images."""
+    model = run.model()
+    batches = evaluation_batches(
+        data.test, (recipe.image_size,) * 2, recipe.batch_size, data.num_classes
+    )
+    return model.evaluate(batches, verbose=0, return_dict=True)["accuracy"]
+
+
+def _describe(data, recipe, options, model):
+    """What run.json says at the start."""
+    packages = ("keras-vit", "keras", "tensorflow", "numpy")
+    return {
+        "keras_vit": importlib.metadata.version("keras-vit"),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "data": {
+            "name": data.name,
+            "class_names": list(data.class_names),
+            "train": data.train.count,
+            "validation": data.validation.count,
+            "test": data.test.count,
+            "skipped": len(data.skipped),
+            "fingerprint": data.fingerprint,
+        },
+        "recipe": dataclasses.asdict(recipe),
+        "options": options,
+        "model": {"name": model.name, "parameters": model.count_params()},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+        "devices": [device.device_type for device in tf.config.list_physical_devices()],
+        "results": {"status": "running"},
+    }
+
+
+def _print_header(console, run):
+    data, recipe, model = run.info["data"], run.info["recipe"], run.info["model"]
+    variant = recipe["variant"]
+    size = variant if isinstance(variant, str) else ViTConfig(**variant)
+    skipped = f", {data['skipped']} unreadable skipped" if data["skipped"] else ""
+    console.print(
+        f"{data['name']}: {len(data['class_names'])} classes, {data['train']:,} training, "
+        f"{data['validation']:,} validation, {data['test']:,} test images{skipped}\n"
+        f"{size} at {recipe['image_size']} px, {model['parameters']:,} parameters",
+        highlight=False,
+    )
+
+
+def _has_gpu():
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def plot_curves(folder):
+    """Draws history.csv as curves.png: loss and accuracy over the epochs."""
+    history = folder / "history.csv"
+    if not history.exists():
+        return
+    rows = list(csv.DictReader(history.read_text().splitlines()))
+    if not rows:
+        return
+    figure = matplotlib.figure.Figure(figsize=(9, 3.5), layout="constrained")
+    epochs = [int(row["epoch"]) + 1 for row in rows]
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for key, label in ((name, "training"), (f"val_{name}", "validation")):
+            axes.plot(epochs, [float(row[key]) for row in rows], label=label)
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with replacing(folder / "curves.png") as path:
+        figure.savefig(path, dpi=150)
