@@ -1,5 +1,7 @@
 """From the images of a split to batches a model takes, with light augmentation."""
 
+import math
+
 import tensorflow as tf
 
 # Resized images are kept in memory up to this size; larger splits are decoded in every epoch.
@@ -36,9 +38,7 @@ def evaluation_batches(split, image_size, batch_size, num_classes):
     return _one_hot(resized.batch(batch_size), num_classes).prefetch(tf.data.AUTOTUNE)
 
 
-def training_batches(
-    split, image_size, batch_size, num_classes, *, min_crop_area=1.0, flip=False, seed=0
-):
+def training_batches(split, image_size, batch_size, num_classes, *, seed=0, **augmentation):
     """Shuffled, augmented batches of a split, without end.
 
     The images of a pass over the split are in a new order each time; a batch may end one pass
@@ -49,9 +49,8 @@ def training_batches(
         image_size: `(height, width)` in pixels.
         batch_size: Images per batch.
         num_classes: Length K of the one-hot labels.
-        min_crop_area: Smallest share in (0, 1] of an image that the random crop keeps.
-        flip: Whether half of the images are mirrored.
         seed: Seed of the order and the augmentation.
+        **augmentation: Arguments of `augment`.
 
     Returns:
         `tf.data.Dataset` of (float32 images `(B, H, W, 3)` in [0, 255], float32 one-hot labels
@@ -68,49 +67,64 @@ def training_batches(
     def augment_batch(step, batch):
         images, labels = batch
         step_seed = tf.stack([tf.cast(seed, tf.int64), step])
-        return augment(images, step_seed, min_crop_area=min_crop_area, flip=flip), labels
+        return augment(images, step_seed, **augmentation), labels
 
     return batches.map(augment_batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(
         tf.data.AUTOTUNE
     )
 
 
-def augment(images, seed, *, min_crop_area=1.0, flip=False):
-    """Crops and mirrors each image of a batch at random.
+def augment(images, seed, *, min_crop_area=1.0, rotation=0.0, shift=0.0, flip=False):
+    """Crops, rotates, shifts and mirrors each image of a batch at random, in one resampling.
 
     A crop keeps a share of the area drawn from [min_crop_area, 1], has an aspect ratio between
-    3/4 and 4/3 of the image's, lies anywhere inside the image, and is scaled back to its size
-    ("Going deeper with convolutions", arXiv 1409.4842, Section 6).
+    3/4 and 4/3 of the image's and lies inside the image ("Going deeper with convolutions",
+    arXiv 1409.4842, Section 6); then it may be turned and shifted, beyond the border too, where
+    the border's pixels go on.
 
     Args:
         images: `(B, H, W, 3)`, values in [0, 255].
         seed: Two integers; the same give the same result.
         min_crop_area: Smallest share of the area in (0, 1]; 1 crops nothing.
+        rotation: Largest angle in degrees, to either side.
+        shift: Largest shift as a share of the side, in each direction.
         flip: Whether half of the images are mirrored.
 
     Returns:
         float32 `(B, H, W, 3)`, values in [0, 255].
     """
     batch, height, width, _ = images.shape
-    seeds = tf.random.split(seed, 4)
+    seeds = tf.random.split(seed, 6)
 
-    def uniform(index, low, high):
-        return tf.random.stateless_uniform([batch], seeds[index], low, high)
+    def uniform(index, low, high, *shape):
+        return tf.random.stateless_uniform([batch, *shape], seeds[index], low, high)
 
-    images = tf.cast(images, tf.float32)
-    if min_crop_area < 1:
-        area = uniform(0, min_crop_area, 1.0)
-        ratio = tf.exp(uniform(1, tf.math.log(3 / 4), tf.math.log(4 / 3)) / 2)
-        side = tf.stack([tf.sqrt(area) / ratio, tf.sqrt(area) * ratio], axis=1)
-        side = tf.minimum(side, 1.0)  # (B, 2), shares of the height and width
-        corner = tf.random.stateless_uniform([batch, 2], seeds[2]) * (1 - side)
-        images = tf.image.crop_and_resize(
-            images, tf.concat([corner, corner + side], axis=1), tf.range(batch), (height, width)
-        )
-    if flip:
-        mirrored = uniform(3, 0.0, 1.0) < 0.5
-        images = tf.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-    return images
+    area = uniform(0, min_crop_area, 1.0)
+    ratio = tf.exp(uniform(1, -1.0, 1.0) * math.log(4 / 3) / 2)
+    # (B, 2) each, for x and y: the crop's sides, and its centre's offset in pixels.
+    side = tf.minimum(tf.stack([tf.sqrt(area) * ratio, tf.sqrt(area) / ratio], axis=1), 1.0)
+    if min_crop_area == 1:
+        side = tf.ones_like(side)
+    offset = uniform(2, -0.5, 0.5, 2) * (1 - side) + uniform(3, -shift, shift, 2)
+    offset = offset * (width, height)
+    angle = uniform(4, -rotation, rotation) * (math.pi / 180)
+    mirror = tf.where(uniform(5, 0.0, 1.0) < 0.5, -1.0, 1.0) if flip else tf.ones([batch])
+    cos, sin = tf.cos(angle), tf.sin(angle)
+    # Output pixel (x, y) is taken from (a x + b y + c, d x + e y + f), about the centre.
+    a, b = side[:, 0] * cos * mirror, -side[:, 0] * sin
+    d, e = side[:, 1] * sin * mirror, side[:, 1] * cos
+    x0, y0 = (width - 1) / 2, (height - 1) / 2
+    c = x0 + offset[:, 0] - a * x0 - b * y0
+    f = y0 + offset[:, 1] - d * x0 - e * y0
+    zero = tf.zeros([batch])
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=tf.cast(images, tf.float32),
+        transforms=tf.stack([a, b, c, d, e, f, zero, zero], axis=1),
+        output_shape=(height, width),
+        interpolation="BILINEAR",
+        fill_mode="NEAREST",
+        fill_value=0.0,
+    )
 
 
 def _resized(split, image_size):

@@ -27,6 +27,8 @@ class Recipe:
         label_smoothing: Share of the target given to all classes alike, in [0, 1).
         clip_norm: Largest global norm of the gradient, or None.
         min_crop_area: Smallest share of an image's area that a random crop keeps, in (0, 1].
+        rotation: Largest random rotation in degrees, in [0, 180].
+        shift: Largest random shift as a share of the image's side, in [0, 1).
         flip: Whether half of the images are mirrored.
 
     Raises:
@@ -49,6 +51,8 @@ class Recipe:
     label_smoothing: float = 0.1
     clip_norm: float | None = 1.0
     min_crop_area: float = 0.5
+    rotation: float = 0.0
+    shift: float = 0.0
     flip: bool = False
 
     def __post_init__(self):
@@ -62,6 +66,8 @@ class Recipe:
         self._check("label_smoothing", "in [0, 1)", 0 <= self.label_smoothing < 1)
         self._check("clip_norm", "positive or None", self.clip_norm is None or self.clip_norm > 0)
         self._check("min_crop_area", "in (0, 1]", 0 < self.min_crop_area <= 1)
+        self._check("rotation", "in [0, 180]", 0 <= self.rotation <= 180)
+        self._check("shift", "in [0, 1)", 0 <= self.shift < 1)
         self._check("normalization", "set", self.normalization is not None)
 
     def _check(self, name, expected, holds):

@@ -39,6 +39,11 @@ class Run:
         """Names of the classes, in the order of the logits."""
         return self.info["data"]["class_names"]
 
+    @property
+    def model_name(self):
+        """Name of the model, such as "vit_ti16"."""
+        return self.info["model"]["name"]
+
     def model(self, which="best"):
         """Loads the "best" or the "last" model."""
         path = self.folder / f"{which}.keras"

@@ -196,9 +196,11 @@ def _fit(run, model, data, recipe, console):
         size,
         recipe.batch_size,
         data.num_classes,
-        min_crop_area=recipe.min_crop_area,
-        flip=recipe.flip,
         seed=options["seed"],
+        min_crop_area=recipe.min_crop_area,
+        rotation=recipe.rotation,
+        shift=recipe.shift,
+        flip=recipe.flip,
     )
     checkpoints = Checkpoints(run.folder)
     callbacks = [

@@ -1,0 +1,60 @@
+"""The float32 form of a model of any dtype policy."""
+
+import keras
+
+_OTHER_FLOATS = frozenset({"mixed_bfloat16", "mixed_float16", "bfloat16", "float16", "float64"})
+_FLOAT_POLICIES = frozenset({"DTypePolicy", "FloatDTypePolicy"})
+
+
+def as_float32(model):
+    """Returns the model in float32: itself, or a copy if its dtype policy is another one.
+
+    A copy is needed because a layer's compute dtype is part of it: a mixed-precision model would
+    leave casts, and bfloat16 operations that no phone has, in the exported graph.
+
+    Args:
+        model: functional `keras.Model`.
+
+    Returns:
+        A `keras.Model` with the same weights, all of whose layers compute in float32.
+    """
+    if all(_is_float32(layer) for layer in model.layers):
+        return model
+    # The same layers without the training state: cloning would compile the copy like the model.
+    model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    policy = keras.config.dtype_policy()
+    # For layers that a layer creates without handing on its own policy.
+    keras.config.set_dtype_policy("float32")
+    try:
+        copy = keras.models.clone_model(model, clone_function=_clone_in_float32)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    copy.set_weights([weight.astype("float32") for weight in model.get_weights()])
+    return copy
+
+
+def _is_float32(layer):
+    """Whether a layer, or every layer of a model used as a layer, keeps to float32."""
+    if isinstance(layer, keras.Model):
+        return all(_is_float32(inner) for inner in layer.layers)
+    return layer.compute_dtype == "float32" and layer.variable_dtype == "float32"
+
+
+def _clone_in_float32(layer):
+    return layer.__class__.from_config(_config_in_float32(layer.get_config()))
+
+
+def _config_in_float32(config):
+    """Copies a layer's config with every floating-point dtype or policy named in it as float32."""
+    if isinstance(config, dict):
+        if config.get("class_name") in _FLOAT_POLICIES:
+            return keras.dtype_policies.serialize(keras.DTypePolicy("float32"))
+        return {
+            key: "float32"
+            if key == "dtype" and isinstance(value, str) and value in _OTHER_FLOATS
+            else _config_in_float32(value)
+            for key, value in config.items()
+        }
+    if isinstance(config, (list, tuple)):
+        return [_config_in_float32(value) for value in config]
+    return config

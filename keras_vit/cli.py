@@ -1,0 +1,285 @@
+"""The command `keras-vit`. Each subcommand imports what it needs, so that `--help` is quick."""
+
+import contextlib
+import dataclasses
+import enum
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Vision Transformers for Keras: from images to a verified phone file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RunArgument = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="A run folder.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+class Precision(str, enum.Enum):
+    """The dtype policies to train with."""
+
+    float32 = "float32"
+    mixed_bfloat16 = "mixed_bfloat16"
+    mixed_float16 = "mixed_float16"
+
+
+class SplitName(str, enum.Enum):
+    """The splits of the data."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+def main():
+    """Runs the command; an error is one line on stderr and exit status 1."""
+    try:
+        app()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
+        if os.environ.get("KERAS_VIT_TRACEBACK"):
+            raise
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error:[/] {type(error).__name__}:", str(error), highlight=False
+        )
+        sys.exit(1)
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Option(help="digits, folder:PATH or tfds:NAME[:CONFIG].")] = (
+        "digits"
+    ),
+    out: Annotated[pathlib.Path | None, typer.Option(help="Run folder [runs/DATA].")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="tiny, small or photos [by the size of the images].")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="A ViT of the table, such as Ti/16 [recipe's].")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels [recipe's].")] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Pixels [variant's].")] = None,
+    pooling: Annotated[str | None, typer.Option(help="token, mean, gap or map.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Rate [recipe's].")] = None,
+    drop_path: Annotated[float | None, typer.Option(help="Rate of the last block.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(help="Linear warm-up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="On kernels alone.")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="In [0, 1).")] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
+    min_crop_area: Annotated[
+        float | None, typer.Option(help="Smallest share a random crop keeps; 1: none.")
+    ] = None,
+    rotation: Annotated[float | None, typer.Option(help="Largest angle in degrees.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Largest share of the side.")] = None,
+    flip: Annotated[bool | None, typer.Option(help="Mirror half of the images.")] = None,
+    precision: Annotated[Precision, typer.Option(help="Dtype policy.")] = Precision.float32,
+    xla: Annotated[bool | None, typer.Option(help="Compile with XLA [on a GPU].")] = None,
+    early_stop: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs without progress.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+):
+    """Train a Vision Transformer and write a run folder."""
+    overrides = {
+        "variant": variant,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "pooling": pooling,
+        "dropout": dropout,
+        "drop_path": drop_path,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "warmup_epochs": warmup_epochs,
+        "weight_decay": weight_decay,
+        "label_smoothing": label_smoothing,
+        "clip_norm": clip_norm,
+        "min_crop_area": min_crop_area,
+        "rotation": rotation,
+        "shift": shift,
+        "flip": flip,
+    }
+    start_tensorflow()
+    from keras_vit.training import train
+
+    train(
+        data,
+        out or pathlib.Path("runs") / run_name(data),
+        recipe=recipe,
+        precision=precision.value,
+        jit_compile=xla,
+        early_stop=early_stop,
+        seed=seed,
+        skip_unreadable=skip_unreadable,
+        overwrite=overwrite,
+        **{name: value for name, value in overrides.items() if value is not None},
+    )
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    split: Annotated[SplitName, typer.Option(help="Split of the data.")] = SplitName.test,
+    data: Annotated[str | None, typer.Option(help="Other data of the same classes.")] = None,
+):
+    """Print accuracies and write a confusion matrix to RUN/evaluation."""
+    start_tensorflow()
+    from keras_vit.training import load_run
+    from keras_vit.training.evaluation import evaluate
+
+    run = load_run(run)
+    images = getattr(run.data(data), split.value)
+    result = evaluate(run.model(), images, run.class_names)
+    folder = run.folder / "evaluation" / split.value
+    result.save(folder)
+    table = Table("class", title=f"{split.value} images of {data or run.info['data']['name']}")
+    for column in ("images", "precision", "recall", "f1"):
+        table.add_column(column, justify="right")
+    for row in result.rows():
+        scores = [f"{row[key]:.3f}" for key in ("precision", "recall", "f1")]
+        table.add_row(row["class"], f"{row['images']:,}", *scores)
+    console = Console()
+    console.print(table)
+    console.print(f"top-1 {result.top1:.4f}  top-5 {result.top5:.4f} -> {folder}", highlight=False)
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    images: Annotated[list[pathlib.Path], typer.Argument(metavar="IMAGE...")],
+    top: Annotated[int, typer.Option(help="Classes to name for each image.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+):
+    """Name what is in image files."""
+    start_tensorflow()
+    from keras_vit.training import load_run
+    from keras_vit.training.evaluation import predict
+
+    run = load_run(run)
+    predictions = list(predict(run.model(), images, run.class_names, top))
+    if as_json:
+        rows = [
+            {
+                "image": str(path),
+                "predictions": [{"class": name, "probability": p} for name, p in classes],
+            }
+            for path, classes in zip(images, predictions, strict=True)
+        ]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for path, classes in zip(images, predictions, strict=True):
+        print(f"{path}: " + ", ".join(f"{name} {p:.3f}" for name, p in classes))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[pathlib.Path | None, typer.Option(help="Folder [RUN/export].")] = None,
+    images: Annotated[int, typer.Option(help="Held-out images to verify with.", min=1)] = 1000,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Top-1 agreement every file must reach [by its mode].")
+    ] = None,
+    overwrite: OverwriteOption = False,
+):
+    """Export a SavedModel and TFLite files, and verify each against the Keras model."""
+    start_tensorflow()
+    from keras_vit.export import LIMITS, MODES, export_saved_model, export_tflite, verify
+    from keras_vit.files import check_new
+    from keras_vit.training import load_run
+
+    run = load_run(run)
+    out = out or run.folder / "export"
+    paths = {"saved_model": out / "saved_model"}
+    paths |= {mode: out / f"{run.model_name}_{mode}.tflite" for mode in MODES}
+    for path in (*paths.values(), out / "report.json", out / "report.md"):
+        check_new(path, overwrite)
+    console = Console()
+    model = run.model()
+    held_out, labels = held_out_images(run.data().test, model.input_shape[1:3], images)
+    for name, path in paths.items():
+        with console.status(f"exporting {name}"):
+            options = {"labels": run.class_names, "overwrite": overwrite}
+            if name == "saved_model":
+                export_saved_model(model, path, **options)
+            else:
+                export_tflite(model, path, mode=name, **options)
+    limits = dict(LIMITS)
+    if min_agreement is not None:
+        limits = {
+            name: dataclasses.replace(limit, agreement=min_agreement)
+            for name, limit in limits.items()
+        }
+    result = verify(model, paths, held_out, labels, limits=limits)
+    result.to_json(out / "report.json", overwrite=overwrite)
+    result.to_markdown(out / "report.md", overwrite=overwrite)
+    console.print(result.table())
+    console.print(f"-> {out}", highlight=False)
+    result.check()
+
+
+def held_out_images(split, image_size, count):
+    """The first images of a split at the model's size, uint8 `(N, H, W, 3)`, and labels `(N,)`."""
+    import numpy as np
+
+    from keras_vit.data.pipeline import resize
+
+    images, labels = [], []
+    for image, label in split.dataset.take(count):
+        images.append(resize(image, image_size).numpy())
+        labels.append(int(label))
+    return np.stack(images), np.array(labels)
+
+
+def run_name(data):
+    """A folder name for data such as "folder:/photos/flowers": flowers."""
+    return pathlib.PurePath(data.split(":", 1)[-1].replace(":", "-")).name or "run"
+
+
+def start_tensorflow():
+    """Imports TensorFlow without the notes that it writes to stderr about this machine."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with quiet_stderr():
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """Keeps what native code writes to file descriptor 2 to itself, unless the block fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sink.seek(0)
+            os.write(kept, sink.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+if __name__ == "__main__":
+    main()

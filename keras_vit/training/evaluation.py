@@ -1,0 +1,157 @@
+"""What a trained model is worth: accuracies, per class, and which classes it confuses."""
+
+import csv
+import dataclasses
+import io
+import pathlib
+
+import keras
+import matplotlib.figure
+import numpy as np
+import sklearn.metrics
+import tensorflow as tf
+
+from keras_vit.data import read_image
+from keras_vit.data.pipeline import evaluation_batches, resize
+from keras_vit.files import replacing, write_json, write_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Args:
+        class_names: Names of the K classes.
+        top1: Share of the images whose most likely class is the label.
+        top5: Share whose label is among the five most likely classes.
+        confusion: int array `(K, K)`: images of the row's class that were taken for the column's.
+        precision: Per class, share of the images taken for it that are of it.
+        recall: Per class, share of its images that were recognised.
+        f1: Per class, harmonic mean of the two.
+    """
+
+    class_names: tuple[str, ...]
+    top1: float
+    top5: float
+    confusion: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+
+    def rows(self):
+        """One dict per class: class, images, precision, recall, f1."""
+        images = self.confusion.sum(axis=1).tolist()
+        columns = (self.precision.tolist(), self.recall.tolist(), self.f1.tolist())
+        return [
+            dict(zip(("class", "images", "precision", "recall", "f1"), row, strict=True))
+            for row in zip(self.class_names, images, *columns, strict=True)
+        ]
+
+    def save(self, folder):
+        """Writes evaluation.json, per_class.csv and confusion.png, in place of older ones."""
+        folder = pathlib.Path(folder)
+        rows = self.rows()
+        write_json(
+            folder / "evaluation.json",
+            {
+                "images": int(self.confusion.sum()),
+                "top1": self.top1,
+                "top5": self.top5,
+                "per_class": rows,
+                "confusion": self.confusion.tolist(),
+            },
+        )
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(folder / "per_class.csv", text.getvalue())
+        with replacing(folder / "confusion.png") as path:
+            plot_confusion(self).savefig(path, dpi=150)
+
+
+def evaluate(model, split, class_names, batch_size=128):
+    """Runs a model over a split.
+
+    Args:
+        model: A Keras model, images `(B, H, W, 3)` in [0, 255] -> logits `(B, K)`.
+        split: A `keras_vit.data.Split`.
+        class_names: Names of the K classes.
+        batch_size: Images at a time.
+
+    Returns:
+        An `Evaluation`.
+    """
+    batches = evaluation_batches(split, model.input_shape[1:3], batch_size, len(class_names))
+    logits, labels = [], []
+    for images, one_hot in batches:
+        logits.append(model.predict_on_batch(images))
+        labels.append(np.argmax(one_hot, axis=1))
+    logits, labels = np.concatenate(logits), np.concatenate(labels)
+    predicted = np.argmax(logits, axis=1)
+    best5 = np.argsort(-logits, axis=1)[:, :5]
+    classes = np.arange(len(class_names))
+    precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
+        labels, predicted, labels=classes, zero_division=0
+    )
+    return Evaluation(
+        class_names=tuple(class_names),
+        top1=float(np.mean(predicted == labels)),
+        top5=float(np.mean(np.any(best5 == labels[:, None], axis=1))),
+        confusion=sklearn.metrics.confusion_matrix(labels, predicted, labels=classes),
+        precision=precision,
+        recall=recall,
+        f1=f1,
+    )
+
+
+def predict(model, paths, class_names, top=5, batch_size=32):
+    """Names what is in image files.
+
+    Args:
+        model: A Keras model, images `(B, H, W, 3)` in [0, 255] -> logits `(B, K)`.
+        paths: Image files.
+        class_names: Names of the K classes.
+        top: How many classes to name for each image.
+        batch_size: Images at a time.
+
+    Yields:
+        For each path, a list of (class name, probability), the most likely first.
+
+    Raises:
+        ValueError: A file cannot be read as an image, or `top` is below 1.
+    """
+    if top < 1:
+        raise ValueError(f"`top` must be at least 1. Received: top={top}.")
+    size = model.input_shape[1:3]
+    for start in range(0, len(paths), batch_size):
+        chunk = paths[start : start + batch_size]
+        images = tf.stack([resize(read_image(path), size) for path in chunk])
+        probabilities = np.asarray(keras.ops.softmax(model.predict_on_batch(images)))
+        for row in probabilities:
+            best = np.argsort(-row)[:top]
+            yield [(class_names[index], float(row[index])) for index in best]
+
+
+def plot_confusion(evaluation):
+    """Draws the confusion matrix, each row as shares of its class, as a matplotlib Figure."""
+    classes = len(evaluation.class_names)
+    side = float(np.clip(0.45 * classes + 2, 5, 16))
+    figure = matplotlib.figure.Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    counts = evaluation.confusion
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the true class", shrink=0.7)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"top-1 {evaluation.top1:.2%} on {counts.sum():,} images")
+    if classes <= 40:
+        axes.set_xticks(range(classes), evaluation.class_names, rotation=90)
+        axes.set_yticks(range(classes), evaluation.class_names)
+    if classes <= 20:
+        for row, column in np.argwhere(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(
+                column, row, counts[row, column], ha="center", va="center", color=color, fontsize=8
+            )
+    return figure
