@@ -109,7 +109,7 @@ def build_vit(
         if not 0 <= rate < 1:
             raise ValueError(f"`{key}` must be in [0, 1). Received: {key}={rate!r}.")
 
-    images = keras.Input((height, width, channels), name="images")
+    images = keras.Input((height, width, channels), dtype=_full_precision(), name="images")
     x = images
     if normalization is not None:
         x = _pixel_normalization(normalization, channels)(x)
@@ -244,8 +244,8 @@ def _pixel_normalization(normalization, channels):
 
 
 def _full_precision():
-    """The dtype of variables: float32 under a mixed policy, where pixels and logits need it."""
-    return keras.config.dtype_policy().variable_dtype
+    """The dtype of pixels and logits: float32, or float64 under that policy."""
+    return "float64" if keras.config.dtype_policy().variable_dtype == "float64" else "float32"
 
 
 def _model_name(variant):

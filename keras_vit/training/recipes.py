@@ -80,11 +80,14 @@ RECIPES = types.MappingProxyType(
     {
         # Images of about 8 pixels, such as scikit-learn's digits.
         "tiny": Recipe(
-            ViTConfig(hidden_dim=96, depth=6, num_heads=4, mlp_dim=192, patch_size=2),
-            image_size=8,
-            epochs=60,
+            ViTConfig(hidden_dim=96, depth=4, num_heads=6, mlp_dim=192, patch_size=4),
+            image_size=16,
+            epochs=70,
             batch_size=64,
-            learning_rate=2e-3,
+            learning_rate=3e-3,
+            min_crop_area=0.8,
+            rotation=10.0,
+            shift=0.05,
         ),
         # Images of about 32 pixels, such as CIFAR's: the sizes of ViT-Lite (arXiv 2104.05704).
         "small": Recipe(

@@ -1,0 +1,95 @@
+"""Models and layers survive config round trips and files, in another process too."""
+
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import randomise
+
+import keras_vit
+
+CONFIG = keras_vit.ViTConfig(hidden_dim=24, depth=2, num_heads=3, mlp_dim=40, patch_size=4)
+HYBRID = keras_vit.ViTConfig(24, 1, 3, 40, 1, stem_units=(1, 1), stem_width=32)
+MODELS = {
+    "plain": (CONFIG, {}),
+    "everything": (
+        CONFIG,
+        {
+            "pooling": "map",
+            "num_registers": 2,
+            "position": "sincos2d",
+            "representation_size": 11,
+            "dropout": 0.1,
+            "attention_dropout": 0.2,
+            "drop_path": 0.3,
+            "layer_scale": 0.1,
+            "qk_norm": True,
+            "gelu": "tanh",
+            "normalization": "imagenet",
+        },
+    ),
+    "gap": (CONFIG, {"pooling": "gap", "class_token": False, "normalization": "minus_one_one"}),
+    "hybrid": (HYBRID, {"pooling": "mean"}),
+}
+
+LOAD_AND_RUN = """
+import sys
+import keras, keras_vit
+import numpy as np
+model = keras.saving.load_model(sys.argv[1])
+np.save(sys.argv[3], model.predict(np.load(sys.argv[2]), verbose=0))
+"""
+
+
+def make(name):
+    config, arguments = MODELS[name]
+    image_size = (16, 24)
+    model = randomise(
+        keras_vit.build_vit(config, image_size=image_size, num_classes=7, **arguments)
+    )
+    images = np.random.default_rng(0).uniform(0, 255, (3, *image_size, 3)).astype("float32")
+    return model, images
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_round_trip(name):
+    model, images = make(name)
+    config = json.loads(json.dumps(model.get_config()))
+    copy = keras.Model.from_config(json.loads(json.dumps(config)))
+    assert json.loads(json.dumps(copy.get_config())) == config
+    copy.set_weights(model.get_weights())
+    np.testing.assert_array_equal(copy.predict(images, verbose=0), model.predict(images, verbose=0))
+    clone = keras.models.model_from_json(model.to_json())
+    assert [w.path for w in clone.weights] == [w.path for w in model.weights]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_file_loads_in_a_process_that_imports_keras_and_keras_vit(name, tmp_path):
+    model, images = make(name)
+    paths = [tmp_path / name for name in ("model.keras", "images.npy", "logits.npy")]
+    model.save(paths[0])
+    np.save(paths[1], images)
+    subprocess.run(
+        [sys.executable, "-c", LOAD_AND_RUN, *map(str, paths)],
+        check=True,
+        env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
+        cwd=tmp_path,
+    )
+    np.testing.assert_array_equal(np.load(paths[2]), model.predict(images, verbose=0))
+
+
+def test_weights_file(tmp_path):
+    model, images = make("everything")
+    model.save_weights(tmp_path / "model.weights.h5")
+    other, _ = make("everything")
+    for weight in other.weights:
+        if "seed_generator" not in weight.path:
+            weight.assign(np.zeros(weight.shape))
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(
+        other.predict(images, verbose=0), model.predict(images, verbose=0)
+    )
