@@ -22,7 +22,8 @@ class Recipe:
         epochs: Passes over the training images.
         batch_size: Images per step.
         learning_rate: Peak of AdamW's learning rate.
-        warmup_epochs: Epochs of linear warm-up from 0, before the cosine decay to 0.
+        warmup: Share of the steps, in [0, 1), in which the rate rises linearly from 0, before the
+            cosine decay to 0.
         weight_decay: AdamW's; multiplied by the learning rate, on kernels only.
         label_smoothing: Share of the target given to all classes alike, in [0, 1).
         clip_norm: Largest global norm of the gradient, or None.
@@ -46,7 +47,7 @@ class Recipe:
     epochs: int = 100
     batch_size: int = 128
     learning_rate: float = 1e-3
-    warmup_epochs: float = 5.0
+    warmup: float = 0.1
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     clip_norm: float | None = 1.0
@@ -61,7 +62,7 @@ class Recipe:
             "batch_size", "a positive int", isinstance(self.batch_size, int) and self.batch_size > 0
         )
         self._check("learning_rate", "positive", self.learning_rate > 0)
-        self._check("warmup_epochs", "in [0, epochs)", 0 <= self.warmup_epochs < self.epochs)
+        self._check("warmup", "in [0, 1)", 0 <= self.warmup < 1)
         self._check("weight_decay", "at least 0", self.weight_decay >= 0)
         self._check("label_smoothing", "in [0, 1)", 0 <= self.label_smoothing < 1)
         self._check("clip_norm", "positive or None", self.clip_norm is None or self.clip_norm > 0)

@@ -31,7 +31,7 @@ def train(
     *,
     recipe=None,
     precision="float32",
-    jit_compile=None,
+    jit_compile="auto",
     early_stop=None,
     seed=0,
     skip_unreadable=False,
@@ -53,7 +53,7 @@ def train(
         out: The run folder to write; see `keras_vit.training.run` for what it holds.
         recipe: A `Recipe`, a name of `RECIPES`, or None for the one that fits the images' size.
         precision: "float32", "mixed_bfloat16" or "mixed_float16".
-        jit_compile: Whether the training step is compiled by XLA; None: if there is a GPU.
+        jit_compile: Whether XLA compiles the training step; "auto": wherever Keras can.
         early_stop: Epochs without a better validation accuracy before training stops, or None.
         seed: Seed of the weights, the order of the images and the augmentation.
         skip_unreadable: Leave out files that cannot be read instead of refusing them.
@@ -81,7 +81,7 @@ def train(
     folder = new_run_folder(out, overwrite)
     options = {
         "precision": precision,
-        "jit_compile": bool(jit_compile if jit_compile is not None else _has_gpu()),
+        "jit_compile": jit_compile,
         "early_stop": early_stop,
         "seed": seed,
     }
@@ -125,12 +125,13 @@ def build_model(recipe, num_classes):
 
 def build_optimizer(recipe, model, steps_per_epoch):
     """AdamW whose rate rises linearly from 0 and falls as a cosine to 0 at the last step."""
-    warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
+    steps = recipe.epochs * steps_per_epoch
+    warmup_steps = round(recipe.warmup * steps)
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0 if warmup_steps else recipe.learning_rate,
         warmup_target=recipe.learning_rate if warmup_steps else None,
         warmup_steps=warmup_steps,
-        decay_steps=recipe.epochs * steps_per_epoch - warmup_steps,
+        decay_steps=steps - warmup_steps,
     )
     optimizer = keras.optimizers.AdamW(
         schedule, weight_decay=recipe.weight_decay, global_clipnorm=recipe.clip_norm
@@ -277,10 +278,6 @@ def _print_header(console, run):
         f"{size} at {recipe['image_size']} px, {model['parameters']:,} parameters",
         highlight=False,
     )
-
-
-def _has_gpu():
-    return bool(tf.config.list_physical_devices("GPU"))
 
 
 def plot_curves(folder):

@@ -1,0 +1,40 @@
+# `make demo` and `make test` set everything up; a second run starts at once.
+# Another Python: `make demo PYTHON=python3.12`.
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$p && break; done)
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: demo test test-jax lint clean
+
+demo: $(READY)
+	$(BIN)/keras-vit train --data digits --out runs/digits --overwrite
+	$(BIN)/keras-vit evaluate runs/digits
+	$(BIN)/keras-vit export runs/digits
+
+test: lint test-tensorflow test-jax
+
+.PHONY: test-tensorflow
+test-tensorflow: $(READY)
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest
+
+# The core alone: training and export are TensorFlow's.
+test-jax: $(READY)
+	KERAS_BACKEND=jax $(BIN)/python -m pytest tests/core
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(READY): setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 found: install one, or name it with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

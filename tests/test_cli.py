@@ -1,0 +1,181 @@
+"""The command, as a user types it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from typer.testing import CliRunner
+
+from keras_vit import cli
+from keras_vit.data import load_data
+
+
+def run_cli(*arguments, code=0):
+    """Runs the command as `main` does; returns (stdout, stderr)."""
+    result = subprocess.run(
+        [pathlib.Path(sys.executable).with_name("keras-vit"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**__import__("os").environ, "COLUMNS": "200"},
+    )
+    assert result.returncode == code, result.stderr
+    return result.stdout, result.stderr
+
+
+def invoke(*arguments):
+    """Runs the command in this process; returns stdout."""
+    runner = CliRunner(env={"COLUMNS": "200"})
+    result = runner.invoke(cli.app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def exported(digits_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "export"
+    return invoke("export", digits_run.folder, "--out", out), out
+
+
+def test_train_evaluate_predict_in_processes_of_their_own(tmp_path):
+    """The way of the README on an image folder, and errors as one line."""
+    rng = np.random.default_rng(0)
+    for name, colour in {"red": (200, 30, 30), "blue": (30, 30, 200)}.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = np.clip(rng.normal(colour, 20, (20, 24, 3)), 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{index}.png")
+    run = tmp_path / "run"
+    data = f"folder:{tmp_path / 'photos'}"
+    arguments = ("--data", data, "--out", run, "--epochs", 6, "--image-size", 16, "--no-xla")
+    out, err = run_cli("train", *arguments)
+    assert "2 classes, 32 training, 4 validation, 4 test images" in out
+    assert "epoch 6/6  loss" in out
+    assert "images/s" in out
+    assert "test accuracy 1.0000" in out
+    assert err == ""
+    _, err = run_cli("train", *arguments, code=1)
+    assert err.startswith("error: ValueError:")
+    assert "holds a run already" in err
+
+    photo = tmp_path / "photos" / "blue" / "3.png"
+    out, err = run_cli("predict", run, photo, "--json")
+    [prediction] = json.loads(out)
+    assert prediction["image"] == str(photo)
+    assert [row["class"] for row in prediction["predictions"]] == ["blue", "red"]
+    assert sum(row["probability"] for row in prediction["predictions"]) == pytest.approx(1)
+    _, err = run_cli("predict", run, tmp_path / "none.png", code=1)
+    assert "none.png" in err
+
+
+def test_unreadable_files_are_named_or_skipped(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(10):
+            image = Image.new("RGB", (9, 9), (index, 100 * (name == "a"), 0))
+            image.save(tmp_path / "photos" / name / f"{index}.png")
+    (tmp_path / "photos" / "a" / "notes.jpg").write_text("no image")
+    train = ("train", "--data", f"folder:{tmp_path / 'photos'}", "--out", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"notes\.jpg(.|\n)*--skip-unreadable"):
+        invoke(*train)
+    out = invoke(*train, "--skip-unreadable", "--epochs", 1, "--image-size", 8, "--no-xla")
+    assert "1 unreadable skipped" in out
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["data"]["skipped"] == 1
+    assert "top-1" in invoke("evaluate", tmp_path / "run")
+
+
+def test_evaluate(digits_run, tmp_path):
+    out = invoke("evaluate", digits_run.folder, "--split", "validation")
+    accuracy = digits_run.info["results"]["validation_accuracy"]
+    assert f"top-1 {accuracy:.4f}" in out
+    assert "recall" in out
+    folder = digits_run.folder / "evaluation" / "validation"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"evaluation.json", "per_class.csv", "confusion.png"}
+    __import__("shutil").rmtree(digits_run.folder / "evaluation")
+
+
+def test_predict_names_digits(digits_run, tmp_path):
+    """Images written to files are classified as they are from the data set."""
+    paths, labels = [], []
+    for index, (image, label) in enumerate(load_data("digits").test.dataset.take(40)):
+        paths.append(tmp_path / f"{index}.png")
+        Image.fromarray(image.numpy()).save(paths[-1])
+        labels.append(str(int(label)))
+    lines = invoke("predict", digits_run.folder, *paths, "--top", 1).splitlines()
+    names = [line.rsplit(": ", 1)[1].split()[0] for line in lines]
+    assert [line.split(": ")[0] for line in lines] == [str(path) for path in paths]
+    assert np.mean([a == b for a, b in zip(names, labels, strict=True)]) > 0.8
+
+
+def test_export(digits_run, exported):
+    out, folder = exported
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "saved_model",
+        "vit_fp32.tflite",
+        "vit_fp16.tflite",
+        "vit_dynamic_int8.tflite",
+        "report.json",
+        "report.md",
+    }
+    for word in ("saved_model", "fp32", "fp16", "dynamic_int8", "agree", "accuracy"):
+        assert word in out
+        assert word in (folder / "report.md").read_text()
+    report = json.loads((folder / "report.json").read_text())
+    accuracy = digits_run.info["results"]["test_accuracy"]
+    assert f"{accuracy:.4f}" in out
+    assert report["failures"] == []
+
+
+def test_exported_saved_model_equals_the_run(digits_run, exported):
+    images = np.random.default_rng(0).uniform(0, 255, (3, 16, 16, 3)).astype("float32")
+    serve = tf.saved_model.load(str(exported[1] / "saved_model")).signatures["serving_default"]
+    expected = digits_run.model().predict(images, verbose=0)
+    np.testing.assert_allclose(
+        serve(images=tf.constant(images))["logits"], expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_export_keeps_what_is_there(digits_run, exported):
+    _, folder = exported
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"saved_model exists already"):
+        invoke("export", digits_run.folder, "--out", folder)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_file_that_fails_its_check_is_an_error(digits_run, tmp_path):
+    with pytest.raises(ValueError, match=r"agree"):
+        invoke("export", digits_run.folder, "--out", tmp_path / "x", "--min-agreement", 1.01)
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["predict"], ["export"]])
+def test_help(command):
+    assert "--help" in invoke(*command, "--help")
+
+
+def imported(code):
+    """Names of the top-level packages in sys.modules after `code`, in a fresh process."""
+    code += "; import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    return set(json.loads(out.splitlines()[-1]))
+
+
+def test_help_needs_no_backend():
+    modules = imported("import sys; sys.argv[0] = '/bin/keras-vit'; import keras_vit.cli")
+    assert "typer" in modules
+    assert modules.isdisjoint({"keras", "tensorflow", "numpy", "matplotlib"})
+
+
+def test_import_of_keras_vit_brings_little_beside_keras():
+    added = imported("import keras_vit") - imported("import keras, json")
+    assert added <= {"keras_vit", "_distutils_hack"} | set(sys.stdlib_module_names)

@@ -1,0 +1,312 @@
+"""train(): the run folder, the optimizer, and what happens when something is wrong."""
+
+import csv
+import dataclasses
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from keras_vit import ViTConfig
+from keras_vit.data import Split, load_data
+from keras_vit.training import RECIPES, NonFiniteLossError, Recipe, load_run, train
+from keras_vit.training.evaluation import evaluate, predict
+from keras_vit.training.train import build_model, build_optimizer, resolve_recipe
+
+SMALL = Recipe(ViTConfig(16, 2, 2, 24, 4), image_size=8, epochs=2, batch_size=128)
+
+
+def train_small(out, **arguments):
+    return train("digits", out, **{"recipe": SMALL, "jit_compile": False, **arguments})
+
+
+def history(run):
+    return list(csv.DictReader((run.folder / "history.csv").read_text().splitlines()))
+
+
+def test_run_folder(digits_run):
+    folder = digits_run.folder
+    names = {path.name for path in folder.iterdir()}
+    expected = {"run.json", "best.keras", "last.keras", "history.csv", "curves.png", "tensorboard"}
+    assert names == expected
+    assert list((folder / "tensorboard").rglob("events.*"))
+    with Image.open(folder / "curves.png") as image:
+        assert image.size[0] > 1000
+
+    info = json.loads((folder / "run.json").read_text())
+    data = load_data("digits")
+    assert info["data"] == {
+        "name": "digits",
+        "class_names": [str(digit) for digit in range(10)],
+        "train": data.train.count,
+        "validation": data.validation.count,
+        "test": data.test.count,
+        "skipped": 0,
+        "fingerprint": data.fingerprint,
+    }
+    recipe = dataclasses.replace(RECIPES["tiny"], epochs=20)
+    assert info["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe)))
+    assert info["options"]["seed"] == 0
+    assert info["versions"]["keras"] == keras.__version__
+    assert info["results"]["status"] == "finished"
+
+    rows = history(digits_run)
+    assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(20)]
+    accuracies = [float(row["val_accuracy"]) for row in rows]
+    assert max(accuracies) == pytest.approx(info["results"]["validation_accuracy"])
+    best = info["results"]["best_epoch"] - 1
+    assert accuracies[best] == max(accuracies)
+    assert float(rows[0]["images_per_second"]) > 0
+    assert float(rows[-1]["learning_rate"]) < 1e-6
+
+
+def test_digits_are_learned(digits_run):
+    """A few seconds of training: far from the demo's accuracy, and far above chance."""
+    assert digits_run.info["results"]["test_accuracy"] > 0.85
+
+
+def test_best_model_is_the_one_reported(digits_run):
+    run = load_run(digits_run.folder)
+    data = run.data()
+    results = run.info["results"]
+    model = run.model()
+    top1 = evaluate(model, data.test, run.class_names).top1
+    assert top1 == pytest.approx(results["test_accuracy"], abs=1e-6)
+    top1 = evaluate(model, data.validation, run.class_names).top1
+    assert top1 == pytest.approx(results["validation_accuracy"], abs=1e-6)
+    assert run.model("last").optimizer.iterations > 0
+
+
+def test_same_seed_same_training(tmp_path):
+    losses = [
+        [float(row["loss"]) for row in history(train_small(tmp_path / str(i), seed=seed))]
+        for i, seed in enumerate((5, 5, 6))
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert abs(losses[0][0] - losses[2][0]) > 1e-4
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(tmp_path, precision):
+    run = train_small(tmp_path / "run", precision=precision)
+    model = run.model()
+    assert model.get_layer("block_1").compute_dtype == precision.removeprefix("mixed_")
+    assert keras.config.dtype_policy().name == "float32"
+    assert run.info["results"]["status"] == "finished"
+
+
+def test_early_stop(tmp_path):
+    run = train_small(tmp_path / "run", epochs=30, learning_rate=1e-12, early_stop=2)
+    assert len(history(run)) == 3
+
+
+def test_weight_decay_acts_on_kernels_alone():
+    """With zero gradients, a step scales kernels by 1 - lr * wd and leaves the rest alone."""
+    recipe = dataclasses.replace(
+        SMALL, pooling="token", learning_rate=0.1, weight_decay=0.5, warmup=0.0, clip_norm=None
+    )
+    model = build_model(recipe, 3)
+    for weight in model.weights:
+        weight.assign(np.ones(weight.shape))
+    optimizer = build_optimizer(recipe, model, steps_per_epoch=1000)
+    optimizer.apply([keras.ops.zeros(w.shape) for w in model.trainable_weights], model.weights)
+    decayed = {w.path for w in model.weights if not np.allclose(w.numpy(), 1)}
+    kernels = ["attention/qkv", "attention/proj", "feed_forward/fc1", "feed_forward/fc2"]
+    assert decayed == {
+        "patch_encoder/projection/kernel",
+        "head/kernel",
+        *(f"block_{i}/{kernel}/kernel" for i in range(2) for kernel in kernels),
+    }
+    np.testing.assert_allclose(model.get_layer("head").kernel, 0.95, rtol=1e-6)
+
+
+def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    recipe = dataclasses.replace(SMALL, epochs=10, learning_rate=0.4, warmup=0.2)
+    schedule = build_optimizer(recipe, build_model(recipe, 3), steps_per_epoch=50)._learning_rate
+    rates = [float(schedule(step)) for step in range(501)]
+    np.testing.assert_allclose(rates[:101], np.linspace(0, 0.4, 101), rtol=1e-5)
+    cosine = [0.2 * (1 + math.cos(math.pi * step / 400)) for step in range(401)]
+    np.testing.assert_allclose(rates[100:], cosine, atol=1e-6)
+
+
+def test_gradients_are_clipped():
+    model = build_model(SMALL, 3)
+    recipe = dataclasses.replace(SMALL, clip_norm=0.25)
+    assert build_optimizer(recipe, model, 10).global_clipnorm == 0.25
+    recipe = dataclasses.replace(SMALL, clip_norm=None)
+    assert build_optimizer(recipe, model, 10).global_clipnorm is None
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """The step is named, and the model of the last good epoch stays."""
+    import keras_vit.training.train as module
+
+    def poisoned(*args, **kwargs):
+        batches = training_batches(*args, **kwargs).enumerate()
+        return batches.map(
+            lambda step, batch: (
+                tf.where(step < 13, batch[0], math.nan * batch[0]),
+                batch[1],
+            )
+        )
+
+    training_batches = module.training_batches
+    monkeypatch.setattr(module, "training_batches", poisoned)
+    with pytest.raises(NonFiniteLossError, match="loss is nan at step 14"):
+        train_small(tmp_path / "run", epochs=5)  # 9 steps an epoch
+    run = load_run(tmp_path / "run")
+    assert run.info["results"]["status"] == "stopped"
+    assert "step 14" in run.info["results"]["error"]
+    assert len(history(run)) == 1
+    for which in ("last", "best"):
+        assert all(np.isfinite(weight).all() for weight in run.model(which).get_weights())
+    assert (run.folder / "curves.png").exists()
+
+
+def test_existing_run_is_kept_or_replaced(tmp_path):
+    out = tmp_path / "run"
+    train_small(out, epochs=1)
+    before = (out / "best.keras").read_bytes()
+    with pytest.raises(ValueError, match=r"holds a run already: pass overwrite=True"):
+        train_small(out)
+    with pytest.raises(ValueError, match=r"`learning_rate` must be positive"):
+        train_small(out, overwrite=True, learning_rate=-1)
+    with pytest.raises(ValueError, match="does not exist|missing"):
+        train(f"folder:{tmp_path}/nothing", out, overwrite=True)
+    assert (out / "best.keras").read_bytes() == before
+    train_small(out, overwrite=True)
+    assert len(history(load_run(out))) == 2
+
+
+def test_folder_that_is_no_run_is_never_replaced(tmp_path):
+    (tmp_path / "photo.jpg").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is not a run folder"):
+            train_small(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "photo.jpg").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"data": "mnist"}, ValueError, r'"digits", "folder:PATH" or.*\'mnist\''),
+        ({"recipe": "huge"}, ValueError, r"`recipe` must be one of tiny, small, photos.*'huge'"),
+        ({"recipe": 3}, TypeError, r"`recipe` must be a Recipe, a name or None.*3"),
+        ({"precision": "int8"}, ValueError, r"`precision` must be one of.*'int8'"),
+        ({"epoch": 3}, TypeError, r"Not a field of Recipe: epoch"),
+        ({"epochs": 0}, ValueError, r"`epochs` must be a positive int.*epochs=0"),
+        ({"batch_size": 0}, ValueError, r"`batch_size` must be a positive int.*batch_size=0"),
+        ({"learning_rate": 0}, ValueError, r"`learning_rate` must be positive.*learning_rate=0"),
+        ({"warmup": 1}, ValueError, r"`warmup` must be in \[0, 1\).*warmup=1"),
+        ({"weight_decay": -1}, ValueError, r"`weight_decay` must be at least 0.*-1"),
+        ({"label_smoothing": 1}, ValueError, r"`label_smoothing` must be in.*label_smoothing=1"),
+        ({"clip_norm": 0}, ValueError, r"`clip_norm` must be positive or None.*clip_norm=0"),
+        ({"min_crop_area": 0}, ValueError, r"`min_crop_area` must be in \(0, 1\].*=0"),
+        ({"rotation": 200}, ValueError, r"`rotation` must be in \[0, 180\].*rotation=200"),
+        ({"shift": 1}, ValueError, r"`shift` must be in \[0, 1\).*shift=1"),
+        ({"normalization": None}, ValueError, r"`normalization` must be set.*None"),
+        ({"image_size": 9}, ValueError, r"divisible by `patch_size`.*\(9, 9\)"),
+        ({"variant": "Ti/17"}, ValueError, r"`variant` must be one of.*'Ti/17'"),
+    ],
+)
+def test_errors(tmp_path, arguments, error, match):
+    with pytest.raises(error, match=match):
+        train(**{"data": "digits", "out": tmp_path / "run", **arguments})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("image_size", "name"), [((8, 8), "tiny"), ((28, 28), "small"), ((480, 640), "photos")]
+)
+def test_recipe_fits_the_images(image_size, name):
+    assert resolve_recipe(None, image_size, {}) == RECIPES[name]
+
+
+def test_every_recipe_builds():
+    for recipe in RECIPES.values():
+        assert build_model(recipe, 5).output_shape == (None, 5)
+
+
+def test_run_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a run folder: run.json cannot be read"):
+        load_run(tmp_path)
+
+
+def test_run_whose_data_changed(digits_run):
+    info = json.loads(json.dumps(digits_run.info))
+    info["data"]["fingerprint"] = "0"
+    with pytest.raises(ValueError, match=r"digits has changed since the run.*expected 0"):
+        dataclasses.replace(digits_run, info=info).data()
+    info["data"]["class_names"] = ["zero"]
+    with pytest.raises(ValueError, match=r"classes of digits must be.*\['zero'\]"):
+        dataclasses.replace(digits_run, info=info).data("digits")
+
+
+def colour_model():
+    """Says which of red, green and blue an image has most of."""
+    images = keras.Input((4, 6, 3))
+    return keras.Model(images, keras.layers.GlobalAveragePooling2D()(images))
+
+
+def colour_split(colours, labels):
+    images = np.zeros((len(colours), 4, 6, 3), "uint8")
+    for image, colour in zip(images, colours, strict=True):
+        image[..., colour] = 200
+    dataset = tf.data.Dataset.from_tensor_slices((images, np.array(labels, "int32")))
+    return Split(dataset, len(colours))
+
+
+def test_evaluation(tmp_path):
+    labels = [0, 0, 0, 0, 1, 1, 2]
+    colours = [0, 0, 0, 1, 1, 0, 0]
+    result = evaluate(colour_model(), colour_split(colours, labels), ("red", "green", "blue"), 3)
+    np.testing.assert_array_equal(result.confusion, [[3, 1, 0], [1, 1, 0], [1, 0, 0]])
+    assert result.top1 == pytest.approx(4 / 7)
+    assert result.top5 == 1
+    np.testing.assert_allclose(result.precision, [3 / 5, 1 / 2, 0])
+    np.testing.assert_allclose(result.recall, [3 / 4, 1 / 2, 0])
+    np.testing.assert_allclose(result.f1, [2 / 3, 1 / 2, 0])
+
+    result.save(tmp_path)
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    assert saved["images"] == 7
+    assert saved["confusion"] == [[3, 1, 0], [1, 1, 0], [1, 0, 0]]
+    rows = list(csv.DictReader((tmp_path / "per_class.csv").read_text().splitlines()))
+    assert [row["class"] for row in rows] == ["red", "green", "blue"]
+    assert rows[0]["images"] == "4"
+    with Image.open(tmp_path / "confusion.png") as image:
+        assert min(image.size) > 500
+
+
+def test_top5_is_not_top1():
+    images = keras.Input((1, 1, 3))
+    scores = keras.layers.Dense(7, kernel_initializer="zeros")
+    model = keras.Model(images, keras.layers.Flatten()(scores(images)))
+    scores.bias.assign(np.arange(7.0, 0, -1))  # ranks the classes 0, 1, ..., 6
+    dataset = tf.data.Dataset.from_tensor_slices(
+        (np.zeros((4, 1, 1, 3), "uint8"), np.array([0, 4, 5, 6], "int32"))
+    )
+    result = evaluate(model, Split(dataset, 4), tuple("abcdefg"))
+    assert (result.top1, result.top5) == (0.25, 0.5)
+
+
+def test_predict(tmp_path):
+    paths = []
+    for index, colour in enumerate([(10, 0, 0), (0, 0, 12)]):
+        paths.append(tmp_path / f"{index}.png")
+        Image.new("RGB", (9, 5), colour).save(paths[-1])
+    (red, *_), (blue, green) = predict(
+        colour_model(), paths, ("red", "green", "blue"), top=2, batch_size=1
+    )
+    assert red[0] == "red"
+    assert red[1] == pytest.approx(1 / (1 + 2 * math.exp(-10)), abs=1e-6)
+    assert [blue[0], green[0]] == ["blue", "red"]
+    with pytest.raises(ValueError, match=r"`top` must be at least 1.*top=0"):
+        list(predict(colour_model(), paths, ("red", "green", "blue"), top=0))
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.jpg"):
+        list(predict(colour_model(), [tmp_path / "text.jpg"], ("red", "green", "blue")))
