@@ -3,6 +3,6 @@
 from keras_vit.training.callbacks import NonFiniteLossError
 from keras_vit.training.recipes import RECIPES, Recipe
 from keras_vit.training.run import Run, load_run
-from keras_vit.training.train import train
+from keras_vit.training.trainer import train
 
 __all__ = ["RECIPES", "NonFiniteLossError", "Recipe", "Run", "load_run", "train"]

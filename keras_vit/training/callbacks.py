@@ -112,9 +112,7 @@ class Progress(keras.callbacks.Callback):
         self.bar.remove_task(self.task)
         now = self.start + (self.training_seconds or time.perf_counter() - self.start)
         images = self.params["steps"] * self.batch_size
-        self.console.print(
-            f"epoch {self.epoch}  {self._figures(logs, images, now)}", highlight=False
-        )
+        self.console.print(f"epoch {self.epoch}  {self._figures(logs, images, now)}")
         logs["images_per_second"] = images / (now - self.start)
         logs["learning_rate"] = float(self.model.optimizer.learning_rate)
 

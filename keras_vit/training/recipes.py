@@ -95,6 +95,8 @@ RECIPES = types.MappingProxyType(
             ViTConfig(hidden_dim=128, depth=6, num_heads=4, mlp_dim=256, patch_size=4),
             image_size=32,
             epochs=30,
+            learning_rate=2e-3,
+            min_crop_area=0.7,
             flip=True,
         ),
         # Photographs.

@@ -13,7 +13,6 @@ import matplotlib.figure
 import tensorflow as tf
 from rich.console import Console
 
-from keras_vit.config import ViTConfig
 from keras_vit.data import load_data
 from keras_vit.data.pipeline import evaluation_batches, training_batches
 from keras_vit.files import replacing
@@ -71,7 +70,7 @@ def train(
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {PRECISIONS}. Received: {precision!r}.")
     check_run_folder(out, overwrite)
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     data = load_data(data, skip_unreadable=skip_unreadable)
     recipe = resolve_recipe(recipe, data.image_size, overrides)
     recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, data.train.count))
@@ -174,8 +173,7 @@ def _fit_and_record(run, model, data, recipe, console):
         plot_curves(run.folder)
     console.print(
         f"test accuracy {results['test_accuracy']:.4f} (best epoch {results['best_epoch']}, "
-        f"{results['seconds']:.0f} s) -> {run.folder}",
-        highlight=False,
+        f"{results['seconds']:.0f} s) -> {run.folder}"
     )
     return run
 
@@ -269,14 +267,16 @@ def _describe(data, recipe, options, model):
 
 def _print_header(console, run):
     data, recipe, model = run.info["data"], run.info["recipe"], run.info["model"]
-    variant = recipe["variant"]
-    size = variant if isinstance(variant, str) else ViTConfig(**variant)
+    size = recipe["variant"]
+    if not isinstance(size, str):
+        size = f"{size['depth']} blocks of width {size['hidden_dim']}, patches of " + str(
+            recipe["patch_size"] or size["patch_size"]
+        )
     skipped = f", {data['skipped']} unreadable skipped" if data["skipped"] else ""
     console.print(
         f"{data['name']}: {len(data['class_names'])} classes, {data['train']:,} training, "
         f"{data['validation']:,} validation, {data['test']:,} test images{skipped}\n"
-        f"{size} at {recipe['image_size']} px, {model['parameters']:,} parameters",
-        highlight=False,
+        f"{size}, images of {recipe['image_size']} px, {model['parameters']:,} parameters"
     )
 
 
