@@ -1,0 +1,47 @@
+"""The README's Python example runs as it stands, and its claims about the tables hold."""
+
+import pathlib
+import re
+
+import pytest
+
+from keras_vit import VARIANTS
+from keras_vit.training import RECIPES
+from keras_vit.training.trainer import build_model
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_python_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    result = names["result"]
+    result.check()
+    [reference, file] = result.rows
+    assert min(reference.accuracy, file.accuracy) > 0.7
+    assert "dynamic_int8" in capsys.readouterr().out
+    assert (tmp_path / "digits.tflite").exists()
+
+
+def test_every_variant_has_its_line():
+    section = README.split("## Variants")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
+    named = {}
+    for row in rows:
+        for name in re.findall(r"`([^`]+)`", row[0]):
+            named[name] = tuple(int(cell) for cell in row[1:5])
+    assert named == {
+        name: (config.hidden_dim, config.depth, config.num_heads, config.mlp_dim)
+        for name, config in VARIANTS.items()
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_as_described(name):
+    [row] = re.findall(rf"^\| `{name}` \|(.*)$", README, re.MULTILINE)
+    model = build_model(RECIPES[name], 10)
+    millions = float(re.search(r"([\d.]+) M", row)[1])
+    assert round(model.count_params() / 1e6, 1) == millions
+    assert row.split("|")[-2].strip() == f"{RECIPES[name].image_size} px"
