@@ -11,9 +11,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 .PHONY: demo test test-jax lint clean
 
 demo: $(READY)
-	$(BIN)/keras-vit train --data digits --out runs/digits --overwrite
-	$(BIN)/keras-vit evaluate runs/digits
-	$(BIN)/keras-vit export runs/digits
+	$(BIN)/keras-vit train --data digits --out runs/demo --overwrite
+	$(BIN)/keras-vit export runs/demo
 
 test: lint test-tensorflow test-jax
 
@@ -31,10 +30,12 @@ lint: $(READY)
 
 $(READY): setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 found: install one, or name it with PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv --clear $(VENV) || { : Debian keeps venv in a package of its own; \
+		$(PYTHON) -m pip install --quiet --target .virtualenv virtualenv && \
+		PYTHONPATH=.virtualenv $(PYTHON) -m virtualenv --clear --quiet $(VENV); }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) .virtualenv build dist *.egg-info

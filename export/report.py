@@ -2,19 +2,16 @@
 
 import collections
 import dataclasses
-import importlib.metadata
 import json
 import math
 import pathlib
-import platform
 import shlex
 import sys
 
 from ai_edge_litert import schema_py_generated as schema
 
 from keras_vit.files import check_new, write_text
-
-_PACKAGES = ("keras-vit", "keras", "tensorflow", "ai-edge-litert", "litert-quantizer", "numpy")
+from keras_vit.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,17 +124,6 @@ def size_bytes(path):
     path = pathlib.Path(path)
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def versions():
-    """Returns the versions of Python and of the installed packages that shape an export."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_new_text(path, text, overwrite=False):

@@ -1,5 +1,6 @@
 """Verification: exported files compared with the model that they came from."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,8 +17,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from keras_vit.versions import versions
+
 from .precision import as_float32
-from .report import plain, size_bytes, versions, write_new_text
+from .report import plain, size_bytes, write_new_text
 
 _WARM_UP_CALLS = 2
 
@@ -101,6 +104,14 @@ class Verification:
         if self.failures:
             raise ValueError("The export failed its check:\n- " + "\n- ".join(self.failures))
 
+    def relative_to(self, folder):
+        """Returns the same with the paths of files below a folder relative to it."""
+        rows = tuple(
+            row if row.path is None else dataclasses.replace(row, path=_relative(row.path, folder))
+            for row in self.rows
+        )
+        return dataclasses.replace(self, rows=rows)
+
     def as_dict(self):
         """Returns rows and failures as plain dictionaries, lists, strings and numbers."""
         return {**plain(self), "failures": list(self.failures)}
@@ -141,6 +152,10 @@ class Verification:
             f"{self.images} images, compared with the model in float32. Latency of one image: "
             ".tflite on one thread, SavedModel on TensorFlow's threads."
         )
+
+
+def _relative(path, folder):
+    return pathlib.Path(path).relative_to(folder).as_posix()
 
 
 def _cells(row):
@@ -187,7 +202,7 @@ def verify(
     paths = {name: _check_path(path) for name, path in dict(files).items()}
     if not paths:
         raise ValueError(f"`files` must map names to paths. Received: files={files!r}.")
-    with _progress() as progress:
+    with _progress() as progress, _full_float32():
         task = progress.add_task("Verifying", total=len(images) * (len(paths) + 1) + rounds)
 
         def logits(source):
@@ -202,6 +217,20 @@ def verify(
         timings = _latencies(paths, images[:1], rounds, seconds, lambda: progress.advance(task))
     rows = [dataclasses.replace(row, **timings.get(row.name, {})) for row in rows]
     return Verification(rows=tuple(rows), images=len(images), versions=versions())
+
+
+@contextlib.contextmanager
+def _full_float32():
+    """Keeps GPUs from rounding float32 products to TensorFloat-32, which costs three digits."""
+    import tensorflow as tf
+
+    settings = tf.config.experimental
+    before = settings.tensor_float_32_execution_enabled()
+    settings.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        settings.enable_tensor_float_32_execution(before)
 
 
 def _progress():

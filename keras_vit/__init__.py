@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 # Importing Keras starts its backend, which takes seconds. The `keras-vit` command answers
 # `--help` without it: there, each subcommand imports what it needs.
-if pathlib.PurePath(sys.argv[0] if sys.argv else "").stem != "keras-vit":
+if pathlib.PurePath(sys.argv[0] if sys.argv else "").name not in ("keras-vit", "keras-vit.exe"):
     from keras_vit.config import VARIANTS, ViTConfig
     from keras_vit.hybrid import ResNetStem
     from keras_vit.layers import (

@@ -12,16 +12,22 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
     help="Vision Transformers for Keras: from images to a verified phone file.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help texts are plain: brackets stay
     add_completion=False,
 )
 
 RunArgument = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="A run folder.")]
+DataOption = Annotated[str | None, typer.Option(help="Other data of the same classes.")]
+SkipOption = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
@@ -45,13 +51,12 @@ def main():
     """Runs the command; an error is one line on stderr and exit status 1."""
     try:
         app()
+    except ModuleNotFoundError as error:
+        sys.exit(f'error: {error}. Install what the command needs: pip install "keras-vit[all]"')
     except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
         if os.environ.get("KERAS_VIT_TRACEBACK"):
             raise
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] {type(error).__name__}:", str(error), highlight=False
-        )
-        sys.exit(1)
+        sys.exit(f"error: {error}")
 
 
 @app.command()
@@ -59,17 +64,20 @@ def train(
     data: Annotated[str, typer.Option(help="digits, folder:PATH or tfds:NAME[:CONFIG].")] = (
         "digits"
     ),
-    out: Annotated[pathlib.Path | None, typer.Option(help="Run folder [runs/DATA].")] = None,
+    out: Annotated[
+        pathlib.Path | None, typer.Option(help="Run folder (default: runs/DATA).")
+    ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="tiny, small or photos [by the size of the images].")
+        str | None, typer.Option(help="tiny, small or photos (default: by the size of the images).")
     ] = None,
     variant: Annotated[
-        str | None, typer.Option(help="A ViT of the table, such as Ti/16 [recipe's].")
+        str | None, typer.Option(help="A ViT of the table, such as Ti/16 (default: the recipe's).")
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels [recipe's].")] = None,
-    patch_size: Annotated[int | None, typer.Option(help="Pixels [variant's].")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels (default: the recipe's).")] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Pixels (default: the variant's).")] = None,
     pooling: Annotated[str | None, typer.Option(help="token, mean, gap or map.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Rate [recipe's].")] = None,
+    position: Annotated[str | None, typer.Option(help="learned or sincos2d.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Rate (default: the recipe's).")] = None,
     drop_path: Annotated[float | None, typer.Option(help="Rate of the last block.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
@@ -85,14 +93,14 @@ def train(
     shift: Annotated[float | None, typer.Option(help="Largest share of the side.")] = None,
     flip: Annotated[bool | None, typer.Option(help="Mirror half of the images.")] = None,
     precision: Annotated[Precision, typer.Option(help="Dtype policy.")] = Precision.float32,
-    xla: Annotated[bool | None, typer.Option(help="Compile with XLA [if Keras can].")] = None,
+    xla: Annotated[
+        bool | None, typer.Option(help="Compile with XLA (default: if Keras can).")
+    ] = None,
     early_stop: Annotated[
         int | None, typer.Option(help="Stop after so many epochs without progress.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read.")
-    ] = False,
+    skip_unreadable: SkipOption = False,
     overwrite: OverwriteOption = False,
 ):
     """Train a Vision Transformer and write a run folder."""
@@ -101,6 +109,7 @@ def train(
         "image_size": image_size,
         "patch_size": patch_size,
         "pooling": pooling,
+        "position": position,
         "dropout": dropout,
         "drop_path": drop_path,
         "epochs": epochs,
@@ -136,27 +145,31 @@ def train(
 def evaluate(
     run: RunArgument,
     split: Annotated[SplitName, typer.Option(help="Split of the data.")] = SplitName.test,
-    data: Annotated[str | None, typer.Option(help="Other data of the same classes.")] = None,
+    data: DataOption = None,
+    skip_unreadable: SkipOption = False,
 ):
-    """Print accuracies and write a confusion matrix to RUN/evaluation."""
+    """Print accuracies and write them, with a confusion matrix, to RUN/evaluation.
+
+    The result of an earlier evaluation on the same images is replaced.
+    """
     start_tensorflow()
     from keras_vit.training import load_run
     from keras_vit.training.evaluation import evaluate
 
     run = load_run(run)
-    images = getattr(run.data(data), split.value)
-    result = evaluate(run.model(), images, run.class_names)
-    folder = run.folder / "evaluation" / split.value
-    result.save(folder)
-    table = Table("class", title=f"{split.value} images of {data or run.info['data']['name']}")
+    images = run.data(data, skip_unreadable)
+    result = evaluate(run.model(), getattr(images, split.value), run.class_names)
+    name = split.value if data is None else f"{run_name(data)}-{split.value}"
+    folder = run.folder / "evaluation" / name
+    result.save(folder, data=images.name, split=split.value)
+    table = Table("class", title=f"{split.value} images of {escape(images.name)}")
     for column in ("images", "precision", "recall", "f1"):
         table.add_column(column, justify="right")
     for row in result.rows():
         scores = [f"{row[key]:.3f}" for key in ("precision", "recall", "f1")]
-        table.add_row(row["class"], f"{row['images']:,}", *scores)
-    console = Console()
-    console.print(table)
-    console.print(f"top-1 {result.top1:.4f}  top-5 {result.top5:.4f} -> {folder}", highlight=False)
+        table.add_row(escape(row["class"]), f"{row['images']:,}", *scores)
+    Console().print(table)
+    print(f"top-1 {result.top1:.4f}  top-5 {result.top5:.4f} -> {folder}")
 
 
 @app.command()
@@ -190,70 +203,87 @@ def predict(
 @app.command()
 def export(
     run: RunArgument,
-    out: Annotated[pathlib.Path | None, typer.Option(help="Folder [RUN/export].")] = None,
+    out: Annotated[pathlib.Path | None, typer.Option(help="Folder (default: RUN/export).")] = None,
     images: Annotated[int, typer.Option(help="Held-out images to verify with.", min=1)] = 1000,
     min_agreement: Annotated[
-        float | None, typer.Option(help="Top-1 agreement every file must reach [by its mode].")
+        float | None,
+        typer.Option(help="Top-1 agreement every file must reach (default: by its mode)."),
     ] = None,
+    data: DataOption = None,
+    skip_unreadable: SkipOption = False,
     overwrite: OverwriteOption = False,
 ):
-    """Export a SavedModel and TFLite files, and verify each against the Keras model."""
+    """Export a SavedModel and TFLite files, each verified against the Keras model.
+
+    The folder appears when every file has passed; a failure leaves what was there.
+    """
     start_tensorflow()
-    from keras_vit.export import LIMITS, MODES, export_saved_model, export_tflite, verify
-    from keras_vit.files import check_new
+    from keras_vit.data.pipeline import first_images
+    from keras_vit.export import LIMITS, verify
+    from keras_vit.files import replacing, write_text
     from keras_vit.training import load_run
 
     run = load_run(run)
     out = out or run.folder / "export"
-    paths = {"saved_model": out / "saved_model"}
-    paths |= {mode: out / f"{run.model_name}_{mode}.tflite" for mode in MODES}
-    for path in (*paths.values(), out / "report.json", out / "report.md"):
-        check_new(path, overwrite)
-    console = Console()
+    check_export_folder(out, overwrite)
     model = run.model()
-    held_out, labels = held_out_images(run.data().test, model.input_shape[1:3], images)
-    for name, path in paths.items():
-        with console.status(f"exporting {name}"):
-            options = {"labels": run.class_names, "overwrite": overwrite}
-            if name == "saved_model":
-                export_saved_model(model, path, **options)
-            else:
-                export_tflite(model, path, mode=name, **options)
+    held_out, labels = first_images(
+        run.data(data, skip_unreadable).test, model.input_shape[1:3], images
+    )
     limits = dict(LIMITS)
     if min_agreement is not None:
         limits = {
             name: dataclasses.replace(limit, agreement=min_agreement)
             for name, limit in limits.items()
         }
-    result = verify(model, paths, held_out, labels, limits=limits)
-    result.to_json(out / "report.json", overwrite=overwrite)
-    result.to_markdown(out / "report.md", overwrite=overwrite)
-    console.print(result.table())
-    console.print(f"-> {out}", highlight=False)
-    result.check()
+    with replacing(out) as folder:
+        files = export_files(run, model, folder)
+        result = verify(model, files, held_out, labels, limits=limits).relative_to(folder)
+        Console().print(result.table())
+        result.check()
+        result.to_json(folder / "report.json")
+        result.to_markdown(folder / "report.md")
+        write_text(folder / "labels.txt", "\n".join(run.class_names) + "\n")
+    print(f"-> {out}")
 
 
-def held_out_images(split, image_size, count):
-    """The first images of a split at the model's size, uint8 `(N, H, W, 3)`, and labels `(N,)`."""
-    import numpy as np
+def check_export_folder(out, overwrite):
+    """Raises ValueError if something stands at `out`: an export, unless `overwrite`, or else."""
+    from keras_vit.files import check_new
 
-    from keras_vit.data.pipeline import resize
+    if overwrite and out.exists() and not (out / "report.json").exists():
+        raise ValueError(f"{out} is not a folder that `export` wrote: choose another path.")
+    check_new(out, overwrite)
 
-    images, labels = [], []
-    for image, label in split.dataset.take(count):
-        images.append(resize(image, image_size).numpy())
-        labels.append(int(label))
-    return np.stack(images), np.array(labels)
+
+def export_files(run, model, folder):
+    """Exports a run's model in every form; returns their paths by name."""
+    from keras_vit.export import MODES, export_saved_model, export_tflite
+
+    files = {"saved_model": folder / "saved_model"}
+    files |= {mode: folder / f"{run.model_name}_{mode}.tflite" for mode in MODES}
+    console = Console(stderr=True)
+    for name, path in files.items():
+        with console.status(f"exporting {name}"):
+            if name == "saved_model":
+                export_saved_model(model, path, labels=run.class_names)
+            else:
+                export_tflite(model, path, mode=name, labels=run.class_names)
+    return files
 
 
 def run_name(data):
     """A folder name for data such as "folder:/photos/flowers": flowers."""
-    return pathlib.PurePath(data.split(":", 1)[-1].replace(":", "-")).name or "run"
+    source, _, rest = data.partition(":")
+    if source == "folder":
+        return pathlib.Path(rest).expanduser().resolve().name or "folder"
+    return (rest or source).replace(":", "-").replace("/", "-")
 
 
 def start_tensorflow():
     """Imports TensorFlow without the notes that it writes to stderr about this machine."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     with quiet_stderr():
         import tensorflow as tf
 

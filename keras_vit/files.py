@@ -22,13 +22,24 @@ def replacing(path):
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        _move(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def _move(source, path):
+    """Moves a file or folder onto `path`; a folder there is replaced by a folder only."""
+    if not path.is_dir():
+        os.replace(source, path)
+        return
+    if not source.is_dir():
+        raise ValueError(f"{path} is a folder: a file cannot replace it. Choose another path.")
+    old = source.with_name(source.name + ".old")
+    os.replace(path, old)
+    os.replace(source, path)
+    shutil.rmtree(old)
 
 
 def write_text(path, text):

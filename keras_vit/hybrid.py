@@ -17,9 +17,10 @@ class StandardizedConv2D(keras.layers.Conv2D):
     """
 
     def convolution_op(self, inputs, kernel):
+        kernel = ops.cast(kernel, self.variable_dtype)
         kernel = kernel - ops.mean(kernel, axis=(0, 1, 2))
         kernel = kernel / (ops.std(kernel, axis=(0, 1, 2)) + 1e-5)
-        return super().convolution_op(inputs, kernel)
+        return super().convolution_op(inputs, ops.cast(kernel, inputs.dtype))
 
 
 def _conv(filters, kernel_size, strides, dtype, name):
@@ -28,6 +29,7 @@ def _conv(filters, kernel_size, strides, dtype, name):
         kernel_size,
         strides=strides,
         padding="same",
+        data_format="channels_last",
         use_bias=False,
         kernel_initializer="lecun_normal",
         dtype=dtype,
@@ -140,7 +142,12 @@ class ResNetStem(keras.layers.Layer):
         self.conv_root = _conv(width, 7, 2, dtype, "conv_root")
         self.gn_root = _group_norm(dtype, "gn_root")
         self.pool_root = keras.layers.MaxPooling2D(
-            3, strides=2, padding="same", dtype=dtype, name="pool_root"
+            3,
+            strides=2,
+            padding="same",
+            data_format="channels_last",
+            dtype=dtype,
+            name="pool_root",
         )
         self.stages = [
             BottleneckUnit(

@@ -156,7 +156,7 @@ def build_vit(
         x = keras.layers.Dense(
             num_classes, kernel_initializer="zeros", dtype=_full_precision(), name="head"
         )(x)
-    return keras.Model(images, x, name=name or _model_name(variant))
+    return keras.Model(images, x, name=name or _model_name(variant, patch_size))
 
 
 def _resolve_variant(variant, patch_size):
@@ -179,7 +179,8 @@ def _resolve_variant(variant, patch_size):
 
 def _image_size(image_size):
     """`(height, width)` of an int or a pair."""
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    pair = isinstance(image_size, (tuple, list))
+    size = tuple(image_size) if pair else (image_size, image_size)
     if len(size) != 2:
         raise ValueError(
             f"`image_size` must be an int or (height, width). Received: image_size={image_size!r}."
@@ -227,7 +228,8 @@ def _pixel_normalization(normalization, channels):
         )
     mean, std = (np.atleast_1d(np.asarray(values, "float64")) for values in normalization)
     for values in (mean, std):
-        if values.shape not in ((1,), (channels,)) or values.min() < 0 or values.max() > 1:
+        in_range = bool(np.all((values >= 0) & (values <= 1)))  # False for NaN
+        if values.shape not in ((1,), (channels,)) or not in_range:
             raise ValueError(
                 "The mean and std of `normalization` must be numbers in [0, 1], for pixels in "
                 f"[0, 1], one for all or one for each of {channels} channels. "
@@ -248,7 +250,9 @@ def _full_precision():
     return "float64" if keras.config.dtype_policy().variable_dtype == "float64" else "float32"
 
 
-def _model_name(variant):
+def _model_name(variant, patch_size):
+    """A name that Keras and file systems take: "vit_B16" for "B/16"."""
     if isinstance(variant, ViTConfig):
         return "vit"
-    return "vit_" + variant.lower().replace("/", "").replace("+", "_")
+    width, size = variant.replace("+", "_").split("/")
+    return f"vit_{width}{patch_size or size}"

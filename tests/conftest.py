@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
-    """A model trained on digits for a few seconds. Tests must not change the folder."""
+    """What `keras-vit train` makes of digits by default. Tests must not change the folder."""
     from keras_vit.training import train
 
-    return train("digits", tmp_path_factory.mktemp("runs") / "digits", epochs=20)
+    return train("digits", tmp_path_factory.mktemp("runs") / "digits")

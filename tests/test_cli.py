@@ -60,9 +60,9 @@ def test_train_evaluate_predict_in_processes_of_their_own(tmp_path):
     assert "epoch 6/6  loss" in out
     assert "images/s" in out
     assert "test accuracy 1.0000" in out
-    assert err == ""
+    assert "Traceback" not in err
     _, err = run_cli("train", *arguments, code=1)
-    assert err.startswith("error: ValueError:")
+    assert err.startswith("error: ")
     assert "holds a run already" in err
 
     photo = tmp_path / "photos" / "blue" / "3.png"
@@ -93,14 +93,15 @@ def test_unreadable_files_are_named_or_skipped(tmp_path):
 
 
 def test_evaluate(digits_run, tmp_path):
-    out = invoke("evaluate", digits_run.folder, "--split", "validation")
+    folder = shutil.copytree(digits_run.folder, tmp_path / "run")
+    out = invoke("evaluate", folder, "--split", "validation")
     accuracy = digits_run.info["results"]["validation_accuracy"]
     assert f"top-1 {accuracy:.4f}" in out
     assert "recall" in out
-    folder = digits_run.folder / "evaluation" / "validation"
+    folder = folder / "evaluation" / "validation"
     names = {path.name for path in folder.iterdir()}
     assert names == {"evaluation.json", "per_class.csv", "confusion.png"}
-    shutil.rmtree(digits_run.folder / "evaluation")
+    assert json.loads((folder / "evaluation.json").read_text())["data"] == "digits"
 
 
 def test_predict_names_digits(digits_run, tmp_path):
@@ -126,14 +127,21 @@ def test_export(digits_run, exported):
         "vit_dynamic_int8.tflite",
         "report.json",
         "report.md",
+        "labels.txt",
     }
+    assert (folder / "labels.txt").read_text().split() == digits_run.class_names
     for word in ("saved_model", "fp32", "fp16", "dynamic_int8", "agree", "accuracy"):
         assert word in out
         assert word in (folder / "report.md").read_text()
     report = json.loads((folder / "report.json").read_text())
-    accuracy = digits_run.info["results"]["test_accuracy"]
-    assert f"{accuracy:.4f}" in out
+    assert f"{digits_run.info['results']['test_accuracy']:.4f}" in out
     assert report["failures"] == []
+    rows = {row["name"]: row for row in report["rows"]}
+    assert min(row["accuracy"] for row in rows.values()) >= 0.97
+    assert rows["fp32"]["max_error"] <= 1e-4
+    assert rows["fp32"]["path"] == "vit_fp32.tflite"
+    for name, agreement in {"fp32": 0.99, "fp16": 0.99, "dynamic_int8": 0.98}.items():
+        assert rows[name]["agreement"] >= agreement
 
 
 def test_exported_saved_model_equals_the_run(digits_run, exported):
@@ -148,19 +156,51 @@ def test_exported_saved_model_equals_the_run(digits_run, exported):
 def test_export_keeps_what_is_there(digits_run, exported):
     _, folder = exported
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    with pytest.raises(ValueError, match=r"saved_model exists already"):
+    with pytest.raises(ValueError, match=r"export exists already"):
         invoke("export", digits_run.folder, "--out", folder)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_file_that_fails_its_check_is_an_error(digits_run, tmp_path):
-    with pytest.raises(ValueError, match=r"agree"):
+    with pytest.raises(ValueError, match=r"fp32: the top-1 class agrees"):
         invoke("export", digits_run.folder, "--out", tmp_path / "x", "--min-agreement", 1.01)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_replaces_exports_alone(digits_run, tmp_path):
+    (tmp_path / "photo.jpg").write_text("mine")
+    with pytest.raises(ValueError, match=r"is not a folder that `export` wrote"):
+        invoke("export", digits_run.folder, "--out", tmp_path, "--overwrite")
+    assert (tmp_path / "photo.jpg").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["predict"], ["export"]])
 def test_help(command):
     assert "--help" in invoke(*command, "--help")
+
+
+def test_help_keeps_its_brackets():
+    """Neither help nor errors are read as markup."""
+    out = invoke("train", "--help")
+    assert "(default: runs/DATA)" in out
+    assert "tfds:NAME[:CONFIG]" in out
+    _, err = run_cli("train", "--data", "folder:/no/[red]where[/b]", code=1)
+    assert "/no/[red]where[/b]" in err
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("digits", "digits"),
+        ("folder:/a/flowers/", "flowers"),
+        ("folder:/a/b/..", "a"),
+        ("folder:/", "folder"),
+        ("tfds:cats_vs_dogs", "cats_vs_dogs"),
+        ("tfds:pets:2.0/x", "pets-2.0-x"),
+    ],
+)
+def test_run_name(data, name):
+    assert cli.run_name(data) == name
 
 
 def imported(code):

@@ -761,3 +761,12 @@ class TestTFDS:
         monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
         with pytest.raises(ValueError, match=r'tfds:mnist.*pip install "keras-vit\[tfds\]"'):
             load_data("tfds:mnist")
+
+
+def test_images_right_inside_split_folders_are_an_error(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for index in range(4):
+            Image.new("RGB", (4, 4)).save(tmp_path / split / f"{index}.png")
+    with pytest.raises(ValueError, match=r"one folder for each class.*\['test', 'train'\]"):
+        load_data(f"folder:{tmp_path}")

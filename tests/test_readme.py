@@ -25,6 +25,10 @@ def test_python_example(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "digits.tflite").exists()
 
 
+def test_no_placeholder_is_left():
+    assert not re.search(r"@[A-Z]+@", README)
+
+
 def test_every_variant_has_its_line():
     section = README.split("## Variants")[1].split("\n## ")[0]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]

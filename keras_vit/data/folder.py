@@ -72,7 +72,7 @@ def load_folder(path: str | os.PathLike, *, skip_unreadable: bool = False) -> Im
     splits = _complete_splits(_without(splits, unreadable))
     files = {name: _labelled_files(classes, class_names) for name, classes in splits.items()}
     return ImageData(
-        name=f"folder:{path}",
+        name=f"folder:{root}",
         class_names=class_names,
         **{name: _to_split(root, files[name], facts) for name in files},
         image_size=_median_size([facts[file] for file, _ in files["train"]]),
@@ -89,6 +89,12 @@ def _list_splits(root: Path) -> dict[str, Classes]:
         raise ValueError(f"The image folder is a file. Received: path={str(root)!r}.")
     folders = _subfolders(root)
     split_folders = [folder for folder in folders if _is_split(folder)]
+    names = [folder.name for folder in folders]
+    if not split_folders and len(names) > 1 and all(name.lower() in _SPLIT_NAMES for name in names):
+        raise ValueError(
+            "Split folders must hold one folder for each class. Received: "
+            f"path={str(root)!r} with images right inside {names}."
+        )
     if not split_folders:
         return {"train": _list_classes(root, root)}
     _require_plain_splits(root, split_folders, [f for f in folders if f not in split_folders])

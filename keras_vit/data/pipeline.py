@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import tensorflow as tf
 
 # Resized images are kept in memory up to this size; larger splits are decoded in every epoch.
@@ -36,6 +37,21 @@ def evaluation_batches(split, image_size, batch_size, num_classes):
     """
     resized = _resized(split, image_size)
     return _one_hot(resized.batch(batch_size), num_classes).prefetch(tf.data.AUTOTUNE)
+
+
+def first_images(split, image_size, count):
+    """The first images of a split as arrays.
+
+    Args:
+        split: A `Split`.
+        image_size: `(height, width)` in pixels.
+        count: How many at most.
+
+    Returns:
+        uint8 images `(N, H, W, 3)` and int labels `(N,)`.
+    """
+    images, labels = zip(*_resized(split, image_size).take(count).as_numpy_iterator(), strict=True)
+    return np.stack(images), np.array(labels)
 
 
 def training_batches(split, image_size, batch_size, num_classes, *, seed=0, **augmentation):
@@ -100,11 +116,11 @@ def augment(images, seed, *, min_crop_area=1.0, rotation=0.0, shift=0.0, flip=Fa
         return tf.random.stateless_uniform([batch, *shape], seeds[index], low, high)
 
     area = uniform(0, min_crop_area, 1.0)
+    root = tf.sqrt(area)
     ratio = tf.exp(uniform(1, -1.0, 1.0) * math.log(4 / 3) / 2)
+    ratio = tf.clip_by_value(ratio, root, 1 / root)  # neither side is longer than the image's
     # (B, 2) each, for x and y: the crop's sides, and its centre's offset in pixels.
-    side = tf.minimum(tf.stack([tf.sqrt(area) * ratio, tf.sqrt(area) / ratio], axis=1), 1.0)
-    if min_crop_area == 1:
-        side = tf.ones_like(side)
+    side = tf.stack([root * ratio, root / ratio], axis=1)
     offset = uniform(2, -0.5, 0.5, 2) * (1 - side) + uniform(3, -shift, shift, 2)
     offset = offset * (width, height)
     angle = uniform(4, -rotation, rotation) * (math.pi / 180)

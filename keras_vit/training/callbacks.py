@@ -42,20 +42,25 @@ class Checkpoints(keras.callbacks.Callback):
 
     Args:
         folder: The run folder.
+        patience: Epochs without a new best before training stops, or None.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, patience=None):
         super().__init__()
         self.folder = folder
-        self.best = None
-        self.best_epoch = None
+        self.patience = patience
+        self.best_epoch = 0
+        self.best_accuracy = -math.inf
+        self.best_loss = math.inf
 
     def on_epoch_end(self, epoch, logs=None):
         self._save("last.keras")
-        score = (logs["val_accuracy"], -logs["val_loss"])
-        if self.best is None or score > self.best:
-            self.best, self.best_epoch = score, epoch + 1
+        accuracy, loss = logs["val_accuracy"], logs["val_loss"]
+        if (accuracy, -loss) > (self.best_accuracy, -self.best_loss):
+            self.best_epoch, self.best_accuracy, self.best_loss = epoch + 1, accuracy, loss
             self._save("best.keras")
+        elif self.patience is not None and epoch + 1 - self.best_epoch >= self.patience:
+            self.model.stop_training = True
 
     def _save(self, name):
         with replacing(self.folder / name) as path:
@@ -117,6 +122,10 @@ class Progress(keras.callbacks.Callback):
         logs["learning_rate"] = float(self.model.optimizer.learning_rate)
 
     def on_train_end(self, logs=None):
+        self.close()
+
+    def close(self):
+        """Takes the bar off the terminal; training that fails does not reach its end."""
         self.bar.stop()
 
     def _figures(self, logs, images, now):

@@ -47,13 +47,19 @@ class Evaluation:
             for row in zip(self.class_names, images, *columns, strict=True)
         ]
 
-    def save(self, folder):
-        """Writes evaluation.json, per_class.csv and confusion.png, in place of older ones."""
+    def save(self, folder, **facts):
+        """Writes evaluation.json, per_class.csv and confusion.png, in place of older ones.
+
+        Args:
+            folder: Where; made if it is missing.
+            **facts: What else evaluation.json is to say, such as the name of the data.
+        """
         folder = pathlib.Path(folder)
         rows = self.rows()
         write_json(
             folder / "evaluation.json",
             {
+                **facts,
                 "images": int(self.confusion.sum()),
                 "top1": self.top1,
                 "top5": self.top5,

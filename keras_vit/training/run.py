@@ -10,8 +10,10 @@ evaluation/          written by `keras-vit evaluate`
 export/              written by `keras-vit export`
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 
@@ -51,8 +53,13 @@ class Run:
             raise ValueError(f"{path} is missing: the run saved no model yet.")
         return keras.saving.load_model(path)
 
-    def data(self, spec=None):
+    def data(self, spec=None, skip_unreadable=False):
         """Loads the data of the run, or other data with the same classes.
+
+        Args:
+            spec: As in `train`, or None for the run's own.
+            skip_unreadable: Leave out files that cannot be read; the run's own data are read
+                as they were in training.
 
         Raises:
             ValueError: The data's classes are not the run's, or the run's own data have changed
@@ -60,7 +67,8 @@ class Run:
         """
         recorded = self.info["data"]
         data = load_data(
-            spec or recorded["name"], skip_unreadable=recorded["skipped"] > 0 and spec is None
+            spec or recorded["name"],
+            skip_unreadable=skip_unreadable or (recorded["skipped"] > 0 and spec is None),
         )
         if list(data.class_names) != self.class_names:
             raise ValueError(
@@ -117,11 +125,29 @@ def check_run_folder(folder, overwrite):
         )
 
 
+@contextlib.contextmanager
 def new_run_folder(folder, overwrite):
-    """Makes an empty run folder; see `check_run_folder` for what it refuses."""
+    """Makes an empty run folder. A run that stood there is gone once the new one has a model.
+
+    Args:
+        folder: Where; see `check_run_folder` for what it refuses.
+        overwrite: Whether a run may stand there.
+
+    Yields:
+        The folder as a `pathlib.Path`. If the block fails before there is a `last.keras`, the run
+        that stood there is put back.
+    """
     check_run_folder(folder, overwrite)
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).absolute()
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, old)
     folder.mkdir(parents=True)
-    return folder
+    try:
+        yield folder
+    finally:
+        if old.exists() and (folder / "last.keras").exists():
+            shutil.rmtree(old)
+        elif old.exists():
+            shutil.rmtree(folder)
+            os.replace(old, folder)

@@ -4,8 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import importlib.metadata
-import platform
+import math
 import time
 
 import keras
@@ -18,8 +17,10 @@ from keras_vit.data.pipeline import evaluation_batches, training_batches
 from keras_vit.files import replacing
 from keras_vit.model import build_vit
 from keras_vit.training.callbacks import Checkpoints, Progress, StopOnNonFinite
+from keras_vit.training.evaluation import evaluate
 from keras_vit.training.recipes import RECIPES, Recipe, default_recipe
 from keras_vit.training.run import Run, check_run_folder, new_run_folder, save_run
+from keras_vit.versions import versions
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
@@ -69,25 +70,32 @@ def train(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {PRECISIONS}. Received: {precision!r}.")
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "Training needs Keras on its TensorFlow backend. Received: "
+            f"KERAS_BACKEND={keras.backend.backend()!r}."
+        )
     check_run_folder(out, overwrite)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     data = load_data(data, skip_unreadable=skip_unreadable)
     recipe = resolve_recipe(recipe, data.image_size, overrides)
     recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, data.train.count))
     keras.utils.set_random_seed(seed)
     with dtype_policy(precision):
         model = build_model(recipe, data.num_classes)
-    folder = new_run_folder(out, overwrite)
     options = {
         "precision": precision,
         "jit_compile": jit_compile,
         "early_stop": early_stop,
         "seed": seed,
     }
-    run = Run(folder, _describe(data, recipe, options, model))
-    save_run(run)
-    _print_header(console, run)
-    return _fit_and_record(run, model, data, recipe, console)
+    info = _describe(data, recipe, options, model)
+    with new_run_folder(out, overwrite) as folder:
+        run = Run(folder, info)
+        save_run(run)
+        _print_header(console, run)
+        _fit_and_record(run, model, data, recipe, console)
+    return run
 
 
 def resolve_recipe(recipe, image_size, overrides):
@@ -125,7 +133,7 @@ def build_model(recipe, num_classes):
 def build_optimizer(recipe, model, steps_per_epoch):
     """AdamW whose rate rises linearly from 0 and falls as a cosine to 0 at the last step."""
     steps = recipe.epochs * steps_per_epoch
-    warmup_steps = round(recipe.warmup * steps)
+    warmup_steps = min(round(recipe.warmup * steps), steps - 1)
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0 if warmup_steps else recipe.learning_rate,
         warmup_target=recipe.learning_rate if warmup_steps else None,
@@ -160,28 +168,29 @@ def _fit_and_record(run, model, data, recipe, console):
         checkpoints = _fit(run, model, data, recipe, console)
         results.update(
             best_epoch=checkpoints.best_epoch,
-            validation_accuracy=checkpoints.best[0],
-            test_accuracy=_test_accuracy(run, data, recipe),
+            validation_accuracy=checkpoints.best_accuracy,
+            test_accuracy=evaluate(run.model(), data.test, run.class_names).top1,
+            status="finished",
         )
-        results["status"] = "finished"
     except BaseException as error:
         results.update(status="stopped", error=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):
+            plot_curves(run.folder)
         raise
     finally:
         results["seconds"] = round(time.perf_counter() - start, 1)
         save_run(run)
-        plot_curves(run.folder)
+    plot_curves(run.folder)
     console.print(
         f"test accuracy {results['test_accuracy']:.4f} (best epoch {results['best_epoch']}, "
         f"{results['seconds']:.0f} s) -> {run.folder}"
     )
-    return run
 
 
 def _fit(run, model, data, recipe, console):
     options = run.info["options"]
     size = (recipe.image_size,) * 2
-    steps_per_epoch = max(1, data.train.count // recipe.batch_size)
+    steps_per_epoch = math.ceil(data.train.count / recipe.batch_size)
     model.compile(
         optimizer=build_optimizer(recipe, model, steps_per_epoch),
         loss=keras.losses.CategoricalCrossentropy(
@@ -201,48 +210,32 @@ def _fit(run, model, data, recipe, console):
         shift=recipe.shift,
         flip=recipe.flip,
     )
-    checkpoints = Checkpoints(run.folder)
+    checkpoints = Checkpoints(run.folder, patience=options["early_stop"])
+    progress = Progress(console, recipe.batch_size)
     callbacks = [
         StopOnNonFinite(),
-        Progress(console, recipe.batch_size),
+        progress,
         checkpoints,
         keras.callbacks.CSVLogger(str(run.folder / "history.csv")),
         keras.callbacks.TensorBoard(str(run.folder / "tensorboard"), write_graph=False),
     ]
-    if options["early_stop"] is not None:
-        callbacks.append(
-            keras.callbacks.EarlyStopping(
-                "val_accuracy", mode="max", patience=options["early_stop"]
-            )
+    validation = evaluation_batches(data.validation, size, recipe.batch_size, data.num_classes)
+    with contextlib.closing(progress):
+        model.fit(
+            batches,
+            epochs=recipe.epochs,
+            steps_per_epoch=steps_per_epoch,
+            validation_data=validation,
+            callbacks=callbacks,
+            shuffle=False,  # the batches are
+            verbose=0,
         )
-    model.fit(
-        batches,
-        epochs=recipe.epochs,
-        steps_per_epoch=steps_per_epoch,
-        validation_data=evaluation_batches(
-            data.validation, size, recipe.batch_size, data.num_classes
-        ),
-        callbacks=callbacks,
-        shuffle=False,  # the batches are
-        verbose=0,
-    )
     return checkpoints
-
-
-def _test_accuracy(run, data, recipe):
-    """The accuracy of the best model on the test images."""
-    model = run.model()
-    batches = evaluation_batches(
-        data.test, (recipe.image_size,) * 2, recipe.batch_size, data.num_classes
-    )
-    return model.evaluate(batches, verbose=0, return_dict=True)["accuracy"]
 
 
 def _describe(data, recipe, options, model):
     """What run.json says at the start."""
-    packages = ("keras-vit", "keras", "tensorflow", "numpy")
     return {
-        "keras_vit": importlib.metadata.version("keras-vit"),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "data": {
             "name": data.name,
@@ -256,10 +249,7 @@ def _describe(data, recipe, options, model):
         "recipe": dataclasses.asdict(recipe),
         "options": options,
         "model": {"name": model.name, "parameters": model.count_params()},
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
+        "versions": versions(),
         "devices": [device.device_type for device in tf.config.list_physical_devices()],
         "results": {"status": "running"},
     }
@@ -267,11 +257,12 @@ def _describe(data, recipe, options, model):
 
 def _print_header(console, run):
     data, recipe, model = run.info["data"], run.info["recipe"], run.info["model"]
-    size = recipe["variant"]
+    size, patch_size = recipe["variant"], recipe["patch_size"]
     if not isinstance(size, str):
-        size = f"{size['depth']} blocks of width {size['hidden_dim']}, patches of " + str(
-            recipe["patch_size"] or size["patch_size"]
-        )
+        patch_size = patch_size or size["patch_size"]
+        size = f"{size['depth']} blocks of width {size['hidden_dim']}"
+    if patch_size:
+        size += f", patches of {patch_size} px"
     skipped = f", {data['skipped']} unreadable skipped" if data["skipped"] else ""
     console.print(
         f"{data['name']}: {len(data['class_names'])} classes, {data['train']:,} training, "

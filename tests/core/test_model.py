@@ -248,8 +248,9 @@ def test_patch_size_replaces_the_variants():
 
 
 def test_names():
-    assert build_vit("Ti/16", image_size=32).name == "vit_ti16"
-    assert build_vit("R+Ti/16", image_size=32).name == "vit_r_ti16"
+    assert build_vit("Ti/16", image_size=32).name == "vit_Ti16"
+    assert build_vit("R+Ti/16", image_size=32).name == "vit_R_Ti16"
+    assert build_vit("Ti/16", image_size=32, patch_size=8).name == "vit_Ti8"
     assert build_vit(CONFIG, image_size=8).name == "vit"
     assert build_vit(CONFIG, image_size=8, name="mine").name == "mine"
 
@@ -364,6 +365,7 @@ def test_training_reduces_the_loss():
         ({"image_size": 9}, ValueError, r"images must be divisible .* image_size=\(9, 9\)"),
         ({"image_size": (8, 10)}, ValueError, r"divisible by `patch_size`.* 8 x 10"),
         ({"image_size": (8, 8, 3)}, ValueError, r"int or \(height, width\).*\(8, 8, 3\)"),
+        ({"image_size": 8.0}, ValueError, r"`image_size` must be a positive int.*image_size=8.0"),
         ({"image_size": 0}, ValueError, r"`image_size` must be a positive int.*image_size=0"),
         ({"num_classes": -1}, ValueError, r"`num_classes` must be a positive int.*-1"),
         ({"num_classes": 2.0}, ValueError, r"`num_classes` must be a positive int.*2.0"),
@@ -382,6 +384,7 @@ def test_training_reduces_the_loss():
         ({"normalization": 0.5}, ValueError, r"or \(mean, std\). Received: normalization=0.5"),
         ({"normalization": (127.5, 127.5)}, ValueError, r"numbers in \[0, 1\].*127.5"),
         ({"normalization": ((0.1, 0.2), 0.5)}, ValueError, r"each of 3 channels.*0.2"),
+        ({"normalization": (float("nan"), 0.5)}, ValueError, r"numbers in \[0, 1\].*nan"),
         ({"normalization": (0.5, 0.0)}, ValueError, r"must not be 0.*\(0.5, 0.0\)"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
