@@ -263,16 +263,19 @@ def test_uint8_images_are_taken_when_normalised():
     )
 
 
-def test_mixed_bfloat16():
+@pytest.mark.parametrize("stem_units", [None, (1, 1)])
+def test_mixed_bfloat16(stem_units):
     """Pixels and logits are float32, tokens bfloat16, and the result is near float32's."""
     from conftest import randomise
 
-    arguments = {"image_size": 8, "num_classes": 7, "normalization": "imagenet"}
-    model = randomise(build_vit(CONFIG, **arguments))
+    size = 8 if stem_units is None else 64
+    config = dataclasses.replace(CONFIG, stem_units=stem_units, stem_width=32)
+    arguments = {"image_size": size, "num_classes": 7, "normalization": "imagenet"}
+    model = randomise(build_vit(config, **arguments))
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        mixed = build_vit(CONFIG, **arguments)
+        mixed = build_vit(config, **arguments)
     finally:
         keras.config.set_dtype_policy(before)
     mixed.set_weights(model.get_weights())
@@ -281,7 +284,7 @@ def test_mixed_bfloat16():
     assert compute["normalization"] == compute["head"] == "float32"
     assert compute["patch_encoder"] == compute["block_1"] == "bfloat16"
     assert mixed.get_layer("block_1").attention.qkv.compute_dtype == "bfloat16"
-    images = np.random.default_rng(0).uniform(0, 255, (3, 8, 8, 3)).astype("float32")
+    images = np.random.default_rng(0).uniform(0, 255, (3, size, size, 3)).astype("float32")
     expected, logits = model.predict(images, verbose=0), mixed.predict(images, verbose=0)
     assert logits.dtype == np.float32
     error = np.abs(logits - expected).max() / np.abs(expected).max()
