@@ -163,7 +163,7 @@ def _cells(row):
     size = None if row.size_bytes is None else row.size_bytes / 1e6
     values = (size, row.max_error, row.mean_error, row.agreement, row.accuracy)
     values += (row.latency_ms_min, row.latency_ms_median)
-    formats = ("{:.2f}", "{:.1e}", "{:.1e}", "{:.4f}", "{:.4f}", "{:.3g}", "{:.3g}")
+    formats = ("{:.3g}", "{:.1e}", "{:.1e}", "{:.4f}", "{:.4f}", "{:.3g}", "{:.3g}")
     cells = ["-" if v is None else f.format(v) for f, v in zip(formats, values, strict=True)]
     return [row.name, *cells, "FAIL" if row.failures else "ok"]
 
