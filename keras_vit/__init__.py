@@ -5,6 +5,12 @@ import sys
 
 __version__ = "0.1.0"
 
+# Installed, `keras_vit.export` is inside this folder; in a checkout it is the folder beside it, and
+# this one shadows an installed package for whoever runs Python there.
+_here = pathlib.Path(__file__).parent
+if not (_here / "export").is_dir():
+    __path__.append(str(_here.parent))
+
 # Importing Keras starts its backend, which takes seconds. The `keras-vit` command answers
 # `--help` without it: there, each subcommand imports what it needs.
 if pathlib.PurePath(sys.argv[0] if sys.argv else "").name not in ("keras-vit", "keras-vit.exe"):

@@ -58,6 +58,22 @@ def test_wheel_imports_from_outside_the_repository(wheel, tmp_path):
     ]
 
 
+def test_checkout_imports_without_being_installed():
+    """As for someone who installed the wheel and runs Python in the clone, which shadows it."""
+    uninstall = "import sys\nsys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]"
+    out = subprocess.run(
+        [sys.executable, "-c", uninstall + IMPORT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.splitlines() == [
+        str(ROOT / "keras_vit" / "__init__.py"),
+        str(ROOT / "export" / "__init__.py"),
+    ]
+
+
 def test_every_module_is_in_the_wheel(wheel):
     library = {path.relative_to(ROOT).as_posix() for path in (ROOT / "keras_vit").rglob("*.py")}
     export = {f"keras_vit/export/{path.name}" for path in (ROOT / "export").glob("*.py")}

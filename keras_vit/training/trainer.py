@@ -94,6 +94,8 @@ def train(
         run = Run(folder, info)
         save_run(run)
         _print_header(console, run)
+        for path in data.skipped:
+            console.print(f"skipped {path}")
         _fit_and_record(run, model, data, recipe, console)
     return run
 
