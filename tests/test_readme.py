@@ -42,6 +42,18 @@ def test_every_variant_has_its_line():
     }
 
 
+@pytest.mark.parametrize("variant", ["Ti/16", "S/16", "B/16", "L/16", "H/14", "g/14", "G/14"])
+def test_multiplications_are_as_stated(variant):
+    """Projection, then qkv and output, q k^T and A v, and the MLP of each block, then the head."""
+    config = VARIANTS[variant]
+    d, patches = config.hidden_dim, (224 // config.patch_size) ** 2
+    tokens = patches + 1
+    block = tokens * (4 * d * d + 2 * d * config.mlp_dim) + 2 * tokens**2 * d
+    macs = patches * 3 * config.patch_size**2 * d + config.depth * block + 1000 * d
+    [row] = re.findall(rf"^\|.*`{variant}`.*$", README, re.MULTILINE)
+    assert row.split("|")[-2].strip() == f"{macs / 1e9:.2f}"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_as_described(name):
     [row] = re.findall(rf"^\| `{name}` \|(.*)$", README, re.MULTILINE)

@@ -43,7 +43,7 @@ class Run:
 
     @property
     def model_name(self):
-        """Name of the model, such as "vit_ti16"."""
+        """Name of the model, such as "vit_Ti16"."""
         return self.info["model"]["name"]
 
     def model(self, which="best"):

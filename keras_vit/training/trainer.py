@@ -54,7 +54,8 @@ def train(
         recipe: A `Recipe`, a name of `RECIPES`, or None for the one that fits the images' size.
         precision: "float32", "mixed_bfloat16" or "mixed_float16".
         jit_compile: Whether XLA compiles the training step; "auto": wherever Keras can.
-        early_stop: Epochs without a better validation accuracy before training stops, or None.
+        early_stop: Epochs without a new best model (by validation accuracy, then loss) before
+            training stops, or None.
         seed: Seed of the weights, the order of the images and the augmentation.
         skip_unreadable: Leave out files that cannot be read instead of refusing them.
         overwrite: Replace the run that stands at `out`.
@@ -66,7 +67,8 @@ def train(
     Raises:
         ValueError: An argument is out of its range, the data cannot be used, or `out` exists.
         TypeError: An override is not a field of `Recipe`.
-        NonFiniteLossError: The training diverged; the last good model stays in `out`.
+        NonFiniteLossError: The training diverged; the last good model stays in `out`, or the
+            run that was to be replaced if there is none yet.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {PRECISIONS}. Received: {precision!r}.")
