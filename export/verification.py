@@ -126,7 +126,7 @@ class Verification:
         Raises:
             ValueError: if `path` exists and `overwrite` is False.
         """
-        columns = (*_COLUMNS, "check")
+        columns = (*_COLUMNS, "pass")
         lines = [columns, ["---", *["---:"] * (len(columns) - 2), "---"], *map(_cells, self.rows)]
         text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         text += f"\n{self._caption()}\n"
@@ -142,7 +142,7 @@ class Verification:
         )
         for column in _COLUMNS:
             table.add_column(column, justify="left" if column == "file" else "right", no_wrap=True)
-        table.add_column("check")
+        table.add_column("pass")
         for row in self.rows:
             table.add_row(*_cells(row), style="red" if row.failures else None)
         return table
