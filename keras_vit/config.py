@@ -9,19 +9,20 @@ class ViTConfig:
     """The size of a Vision Transformer: everything its name stands for.
 
     Args:
-        hidden_dim: Width D of the tokens; divisible by `num_heads`.
+        hidden_dim: Width D of the tokens; divisible by `num_heads` unless `head_dim` is set.
         depth: Number L of Transformer blocks.
-        num_heads: Attention heads of a block, each `hidden_dim // num_heads` wide.
+        num_heads: Attention heads of a block.
         mlp_dim: Width of the hidden layer of a block's MLP.
         patch_size: Side P of the square patches, in pixels of the image, or of the
             stem's feature map for a hybrid.
         stem_units: For a hybrid, the bottleneck units of each ResNet stage, such as
             `(3, 4, 9)`; `()` is the root convolution alone. None: no stem.
         stem_width: Channels of the stem's root convolution, a multiple of 32.
+        head_dim: Width of an attention head, or None for `hidden_dim // num_heads`.
 
     Raises:
         ValueError: A size is not a positive int, or `hidden_dim` is not divisible by
-            `num_heads`.
+            `num_heads` and `head_dim` is None.
     """
 
     hidden_dim: int
@@ -31,11 +32,15 @@ class ViTConfig:
     patch_size: int
     stem_units: tuple[int, ...] | None = None
     stem_width: int = 64
+    head_dim: int | None = None
 
     def __post_init__(self):
         for field in ("hidden_dim", "depth", "num_heads", "mlp_dim", "patch_size", "stem_width"):
             check_positive_int(field, getattr(self, field))
-        check_heads(self.hidden_dim, self.num_heads)
+        if self.head_dim is None:
+            check_heads(self.hidden_dim, self.num_heads)
+        else:
+            check_positive_int("head_dim", self.head_dim)
         if self.stem_units is not None:
             object.__setattr__(self, "stem_units", tuple(self.stem_units))
             for units in self.stem_units:

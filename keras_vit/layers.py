@@ -15,7 +15,7 @@ from keras_vit.positions import sincos2d
 
 POSITIONS = ("learned", "sincos2d")
 GELUS = ("erf", "tanh")
-POOLINGS = ("token", "mean", "gap", "map")
+POOLINGS = ("token", "mean", "gap", "token+gap", "map")
 
 
 def check_choice(name, value, choices):
@@ -112,39 +112,48 @@ class Patches(keras.layers.Layer):
 class PatchEncoder(keras.layers.Layer):
     """Projects patches to tokens and gives them positions, Eq. 1.
 
-    z_0 = [x_class; x_p^1 E; ...; x_p^N E] + E_pos, then dropout. Registers, if any, stand
-    between the class token and the patches and have no position.
+    z_0 = [x_class; x_p^1 E; ...; x_p^N E] + E_pos, then dropout. A distillation token stands
+    after the class token. Registers stand before the patches and have no position. With
+    `patch_norm`, LN(LN(x_p) E) takes the place of x_p E.
 
     Args:
         hidden_dim: Width D of the tokens.
         class_token: Whether to prepend a learned class token.
+        distillation_token: Whether to add a learned distillation token.
         num_registers: Number R of learned register tokens.
-        position: "learned" (one vector per patch, and one for the class token) or
+        position: "learned" (one vector per patch, class and distillation token) or
             "sincos2d" (fixed, patches only).
         grid_size: `(rows, columns)` of the patches; None takes N for a square grid.
             Only "sincos2d" needs it.
+        patch_norm: Whether patches are layer-normalised before and after their projection.
         dropout: Rate in [0, 1) after the positions are added.
+        layer_norm_epsilon: Epsilon of the norms of `patch_norm`.
 
     Call arguments:
         patches: `(B, N, P*P*C)`, N static.
 
     Returns:
-        Tokens `(B, 1 + R + N, D)`, without the 1 if there is no class token.
+        Tokens `(B, T + R + N, D)` with T the number of class and distillation tokens.
 
     Raises:
         ValueError: An argument is out of its range, or the grid does not have N cells.
 
-    Source: the paper, Eq. 1 and B.1 (dropout). Registers: arXiv 2309.16588.
+    Source: the paper, Eq. 1 and B.1 (dropout). Distillation token: DeiT (arXiv 2012.12877,
+    Section 4). Registers: arXiv 2309.16588. Norms around the projection: Dual PatchNorm (arXiv
+    2302.01327).
     """
 
     def __init__(
         self,
         hidden_dim,
         class_token=True,
+        distillation_token=False,
         num_registers=0,
         position="learned",
         grid_size=None,
+        patch_norm=False,
         dropout=0.0,
+        layer_norm_epsilon=1e-6,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -154,9 +163,15 @@ class PatchEncoder(keras.layers.Layer):
             raise ValueError(f"`num_registers` must be >= 0. Received: {num_registers}.")
         self.hidden_dim = hidden_dim
         self.use_class_token = class_token
+        self.use_distillation_token = distillation_token
         self.num_registers = num_registers
         self.position = position
         self.grid_size = None if grid_size is None else tuple(grid_size)
+        self.use_patch_norm = patch_norm
+        self.layer_norm_epsilon = layer_norm_epsilon
+        if patch_norm:
+            self.patch_norm = self._layer_norm("patch_norm")
+            self.projection_norm = self._layer_norm("projection_norm")
         self.projection = keras.layers.Dense(
             hidden_dim,
             kernel_initializer="lecun_normal",
@@ -165,13 +180,25 @@ class PatchEncoder(keras.layers.Layer):
         )
         self.dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy, name="dropout")
 
+    def _layer_norm(self, name):
+        return keras.layers.LayerNormalization(
+            epsilon=self.layer_norm_epsilon, dtype=self.dtype_policy, name=name
+        )
+
     def build(self, input_shape):
         num_patches = input_shape[1]
         rows, columns = self._grid(num_patches)
         self.projection.build(input_shape)
+        if self.use_patch_norm:
+            self.patch_norm.build(input_shape)
+            self.projection_norm.build((*input_shape[:-1], self.hidden_dim))
         if self.use_class_token:
             self.class_token = self.add_weight(
                 shape=(1, 1, self.hidden_dim), initializer="zeros", name="class_token"
+            )
+        if self.use_distillation_token:
+            self.distillation_token = self.add_weight(
+                shape=(1, 1, self.hidden_dim), initializer="zeros", name="distillation_token"
             )
         if self.num_registers:
             self.registers = self.add_weight(
@@ -181,7 +208,7 @@ class PatchEncoder(keras.layers.Layer):
             )
         if self.position == "learned":
             self.position_embedding = self.add_weight(
-                shape=(1, self.use_class_token + num_patches, self.hidden_dim),
+                shape=(1, self._num_placed_tokens() + num_patches, self.hidden_dim),
                 initializer=keras.initializers.RandomNormal(stddev=0.02),
                 name="position_embedding",
             )
@@ -200,12 +227,16 @@ class PatchEncoder(keras.layers.Layer):
             )
         return rows, columns
 
+    def _num_placed_tokens(self):
+        """How many tokens before the patches have a learned position."""
+        return self.use_class_token + self.use_distillation_token
+
     def call(self, patches, training=None):
-        tokens = self.projection(patches)  # (B, N, D)
+        tokens = self._project(patches)  # (B, N, D)
         if self.position == "sincos2d":
             tokens = tokens + ops.convert_to_tensor(self._sincos, dtype=self.compute_dtype)
-        elif self.use_class_token:
-            tokens = tokens + self.position_embedding[:, 1:]
+        elif self._num_placed_tokens():
+            tokens = tokens + self.position_embedding[:, self._num_placed_tokens() :]
         else:
             tokens = tokens + self.position_embedding
         prefix = self._prefix_tokens()
@@ -215,30 +246,39 @@ class PatchEncoder(keras.layers.Layer):
             tokens = ops.concatenate([*prefix, tokens], axis=1)
         return self.dropout(tokens, training=training)
 
+    def _project(self, patches):
+        if self.use_patch_norm:
+            return self.projection_norm(self.projection(self.patch_norm(patches)))
+        return self.projection(patches)
+
     def _prefix_tokens(self):
-        """The class token at its position and the registers, `(1, ., D)` each."""
-        prefix = []
-        if self.use_class_token and self.position == "learned":
-            prefix.append(self.class_token + self.position_embedding[:, :1])
-        elif self.use_class_token:
-            prefix.append(ops.convert_to_tensor(self.class_token))
-        if self.num_registers:
-            prefix.append(ops.convert_to_tensor(self.registers))
-        return prefix
+        """Class and distillation token at their positions, and the registers, `(1, ., D)` each."""
+        placed = [self.class_token] if self.use_class_token else []
+        placed += [self.distillation_token] if self.use_distillation_token else []
+        if self.position == "learned":
+            placed = [
+                token + self.position_embedding[:, i : i + 1] for i, token in enumerate(placed)
+            ]
+        registers = [self.registers] if self.num_registers else []
+        return [ops.convert_to_tensor(tokens) for tokens in (*placed, *registers)]
 
     def compute_output_shape(self, input_shape):
         batch, num_patches, _ = input_shape
-        return batch, self.use_class_token + self.num_registers + num_patches, self.hidden_dim
+        prefix = self._num_placed_tokens() + self.num_registers
+        return batch, prefix + num_patches, self.hidden_dim
 
     def get_config(self):
         return {
             **super().get_config(),
             "hidden_dim": self.hidden_dim,
             "class_token": self.use_class_token,
+            "distillation_token": self.use_distillation_token,
             "num_registers": self.num_registers,
             "position": self.position,
             "grid_size": self.grid_size,
+            "patch_norm": self.use_patch_norm,
             "dropout": self.dropout.rate,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
         }
 
 
@@ -247,12 +287,14 @@ class MultiHeadSelfAttention(keras.layers.Layer):
     """Multi-head self-attention, Eq. 5-8.
 
     [q, k, v] = z U_qkv, A = softmax(q k^T / sqrt(d)), SA(z) = A v for each head of width
-    d = D / heads, MSA(z) = [SA_1(z); ...; SA_h(z)] U_msa.
+    d, MSA(z) = [SA_1(z); ...; SA_h(z)] U_msa.
 
     Args:
-        num_heads: Number of heads; divides D.
+        num_heads: Number of heads h; divides D unless `head_dim` is set.
+        head_dim: Width d of a head, or None for D / h.
         dropout: Rate in [0, 1) on the output.
         attention_dropout: Rate in [0, 1) on the attention probabilities A.
+        qkv_bias: Whether U_qkv has a bias.
         qk_norm: Whether q and k are layer-normalised per head before the product.
         layer_norm_epsilon: Epsilon of those norms.
 
@@ -263,25 +305,31 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         `(B, N, D)`.
 
     Raises:
-        ValueError: D is not divisible by `num_heads`.
+        ValueError: D is not divisible by `num_heads` and `head_dim` is None.
 
     Source: the paper, Appendix A, with the biases its code has. The U_qkv of q, k and v are one
-    kernel `(D, 3 D)`, columns q|k|v, each third initialised as a `(D, D)` matrix of its own.
+    kernel `(D, 3 h d)`, columns q|k|v, each third initialised as a `(D, h d)` matrix of its own.
     qk_norm: arXiv 2302.05442, Section 2.
     """
 
     def __init__(
         self,
         num_heads,
+        head_dim=None,
         dropout=0.0,
         attention_dropout=0.0,
+        qkv_bias=True,
         qk_norm=False,
         layer_norm_epsilon=1e-6,
         **kwargs,
     ):
         super().__init__(**kwargs)
         check_positive_int("num_heads", num_heads)
+        if head_dim is not None:
+            check_positive_int("head_dim", head_dim)
         self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
         self.layer_norm_epsilon = layer_norm_epsilon
         dtype = self.dtype_policy
@@ -299,10 +347,14 @@ class MultiHeadSelfAttention(keras.layers.Layer):
 
     def build(self, input_shape):
         hidden_dim = input_shape[-1]
-        check_heads(hidden_dim, self.num_heads)
+        if self.head_dim is None:
+            check_heads(hidden_dim, self.num_heads)
+        head_dim = self.head_dim or hidden_dim // self.num_heads
+        inner_dim = self.num_heads * head_dim
         self.qkv = keras.layers.Dense(
-            3 * hidden_dim,
-            kernel_initializer=xavier_uniform(hidden_dim, hidden_dim),
+            3 * inner_dim,
+            use_bias=self.qkv_bias,
+            kernel_initializer=xavier_uniform(hidden_dim, inner_dim),
             dtype=self.dtype_policy,
             name="qkv",
         )
@@ -310,9 +362,9 @@ class MultiHeadSelfAttention(keras.layers.Layer):
             hidden_dim, kernel_initializer="glorot_uniform", dtype=self.dtype_policy, name="proj"
         )
         self.qkv.build(input_shape)
-        self.proj.build(input_shape)
+        self.proj.build((*input_shape[:-1], inner_dim))
         if self.qk_norm:
-            head_shape = (None, self.num_heads, None, hidden_dim // self.num_heads)
+            head_shape = (None, self.num_heads, None, head_dim)
             self.query_norm.build(head_shape)
             self.key_norm.build(head_shape)
 
@@ -331,8 +383,10 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
             "dropout": self.dropout.rate,
             "attention_dropout": self.attention_dropout.rate,
+            "qkv_bias": self.qkv_bias,
             "qk_norm": self.qk_norm,
             "layer_norm_epsilon": self.layer_norm_epsilon,
         }
@@ -439,12 +493,14 @@ class TransformerBlock(keras.layers.Layer):
     With `layer_scale` and `drop_path`, each branch f adds DropPath(gamma * f(LN(z))).
 
     Args:
-        num_heads: Attention heads; divides D.
+        num_heads: Attention heads; divides D unless `head_dim` is set.
         mlp_dim: Width of the MLP's hidden layer.
+        head_dim: Width of a head, or None for D / `num_heads`.
         dropout: Rate in [0, 1) after every dense layer except qkv.
         attention_dropout: Rate in [0, 1) on the attention probabilities.
         drop_path: Probability in [0, 1) that a branch is left out, per image (stochastic depth).
         layer_scale: Initial value of LayerScale on both branches, or None for none.
+        qkv_bias: Whether q, k and v have a bias.
         qk_norm: Whether q and k are layer-normalised per head.
         gelu: "erf" or "tanh".
         layer_norm_epsilon: Epsilon of every LayerNorm of the block.
@@ -465,10 +521,12 @@ class TransformerBlock(keras.layers.Layer):
         self,
         num_heads,
         mlp_dim,
+        head_dim=None,
         dropout=0.0,
         attention_dropout=0.0,
         drop_path=0.0,
         layer_scale=None,
+        qkv_bias=True,
         qk_norm=False,
         gelu="erf",
         layer_norm_epsilon=1e-6,
@@ -483,8 +541,10 @@ class TransformerBlock(keras.layers.Layer):
         )
         self.attention = MultiHeadSelfAttention(
             num_heads,
+            head_dim=head_dim,
             dropout=dropout,
             attention_dropout=attention_dropout,
+            qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             layer_norm_epsilon=layer_norm_epsilon,
             dtype=dtype,
@@ -533,10 +593,12 @@ class TransformerBlock(keras.layers.Layer):
             **super().get_config(),
             "num_heads": self.attention.num_heads,
             "mlp_dim": self.feed_forward.mlp_dim,
+            "head_dim": self.attention.head_dim,
             "dropout": self.feed_forward.dropout.rate,
             "attention_dropout": self.attention.attention_dropout.rate,
             "drop_path": self.drop_path.rate,
             "layer_scale": self.layer_scale,
+            "qkv_bias": self.attention.qkv_bias,
             "qk_norm": self.attention.qk_norm,
             "gelu": self.feed_forward.gelu,
             "layer_norm_epsilon": self.layer_norm_epsilon,
@@ -548,8 +610,9 @@ class TokenPooling(keras.layers.Layer):
     """Makes one vector of the tokens: `(B, N, D)` -> `(B, D)`.
 
     Args:
-        pooling: "token": the first token, the class token (Eq. 4); "mean": the mean of all
-            tokens, the class token and registers included; "gap": the mean of the patch tokens.
+        pooling: "token": the first token, the class token (Eq. 4); "distillation": the second,
+            the distillation token; "mean": the mean of all tokens, the class token and registers
+            included; "gap": the mean of the patch tokens; "token+gap": both, `(B, 2 D)`.
         num_prefix_tokens: How many tokens stand before the patches; "gap" leaves them out.
 
     Call arguments:
@@ -558,24 +621,31 @@ class TokenPooling(keras.layers.Layer):
     Raises:
         ValueError: `pooling` is unknown.
 
-    Source: the paper, Eq. 4; "gap" is its code's name and D.3's alternative.
+    Source: the paper, Eq. 4; "gap" is its code's name and D.3's alternative. "token+gap": the
+    linear classifier of DINOv2 (arXiv 2304.07193).
     """
 
     def __init__(self, pooling="token", num_prefix_tokens=1, **kwargs):
         super().__init__(**kwargs)
-        check_choice("pooling", pooling, ("token", "mean", "gap"))
+        check_choice("pooling", pooling, ("token", "distillation", "mean", "gap", "token+gap"))
         self.pooling = pooling
         self.num_prefix_tokens = num_prefix_tokens
 
     def call(self, x):
         if self.pooling == "token":
             return x[:, 0]
+        if self.pooling == "distillation":
+            return x[:, 1]
+        if self.pooling == "mean":
+            return ops.mean(x, axis=1)
+        patches = ops.mean(x[:, self.num_prefix_tokens :], axis=1)
         if self.pooling == "gap":
-            x = x[:, self.num_prefix_tokens :]
-        return ops.mean(x, axis=1)
+            return patches
+        return ops.concatenate([x[:, 0], patches], axis=-1)
 
     def compute_output_shape(self, input_shape):
-        return input_shape[0], input_shape[-1]
+        batch, _, hidden_dim = input_shape
+        return batch, 2 * hidden_dim if self.pooling == "token+gap" else hidden_dim
 
     def get_config(self):
         return {

@@ -35,13 +35,17 @@ def build_vit(
     channels=3,
     pooling="token",
     class_token=True,
+    distillation_token=False,
     num_registers=0,
     position="learned",
+    patch_norm=False,
+    norm_after_pooling=False,
     representation_size=None,
     dropout=0.0,
     attention_dropout=0.0,
     drop_path=0.0,
     layer_scale=None,
+    qkv_bias=True,
     qk_norm=False,
     gelu="erf",
     layer_norm_epsilon=1e-6,
@@ -66,10 +70,16 @@ def build_vit(
         patch_size: Side of the patches, instead of the variant's.
         channels: Channels of the images.
         pooling: "token" (class token), "mean" (all tokens, the class token included), "gap"
-            (patch tokens) or "map" (attention over all tokens).
-        class_token: Whether there is a class token; "token" needs it.
+            (patch tokens), "token+gap" (both, as `2 D` features) or "map" (attention over all
+            tokens).
+        class_token: Whether there is a class token; "token" and "token+gap" need it.
+        distillation_token: Whether there is a distillation token with a head of its own, as in
+            DeiT; the logits are the mean of both heads'. Needs pooling="token".
         num_registers: Number of register tokens.
         position: "learned" or "sincos2d".
+        patch_norm: Whether patches are layer-normalised before and after their projection.
+        norm_after_pooling: Whether the last LayerNorm is that of the pooled features,
+            LN(pooling(z_L)), rather than that of the tokens.
         representation_size: Width of a tanh layer before the head, or None.
         dropout: Rate in [0, 1) after every dense layer but qkv and the head, and after the
             positions.
@@ -77,6 +87,7 @@ def build_vit(
         drop_path: Rate in [0, 1) of stochastic depth of the last block; it grows linearly from
             0 at the first.
         layer_scale: Initial value of LayerScale, or None for none.
+        qkv_bias: Whether queries, keys and values have a bias.
         qk_norm: Whether queries and keys are layer-normalised.
         gelu: "erf" or "tanh".
         layer_norm_epsilon: Epsilon of every LayerNorm.
@@ -88,7 +99,8 @@ def build_vit(
     Returns:
         A functional model, images `(B, height, width, channels)` -> logits `(B, num_classes)`,
         in float32 at least, whatever the dtype policy; without a head, the pooled features
-        `(B, D)`, or `(B, representation_size)`.
+        `(B, D)`, or `(B, representation_size)`, the mean of both tokens' if there is a
+        distillation token.
 
     Raises:
         ValueError: An argument is out of its range or does not fit another.
@@ -100,14 +112,13 @@ def build_vit(
     config = _resolve_variant(variant, patch_size)
     height, width = _image_size(image_size)
     check_positive_int("channels", channels)
-    _check_model(config, pooling, class_token, position, gelu, num_classes, representation_size)
-    for key, rate in (
-        ("dropout", dropout),
-        ("attention_dropout", attention_dropout),
-        ("drop_path", drop_path),
-    ):
-        if not 0 <= rate < 1:
-            raise ValueError(f"`{key}` must be in [0, 1). Received: {key}={rate!r}.")
+    _check_choices(pooling, position, gelu)
+    _check_tokens(pooling, class_token, distillation_token, representation_size)
+    if num_classes != 0:
+        check_positive_int("num_classes", num_classes)
+    if representation_size is not None:
+        check_positive_int("representation_size", representation_size)
+    _check_rates(dropout=dropout, attention_dropout=attention_dropout, drop_path=drop_path)
 
     images = keras.Input((height, width, channels), dtype=_full_precision(), name="images")
     x = images
@@ -120,43 +131,76 @@ def build_vit(
     x = PatchEncoder(
         config.hidden_dim,
         class_token=class_token,
+        distillation_token=distillation_token,
         num_registers=num_registers,
         position=position,
         grid_size=grid_size,
+        patch_norm=patch_norm,
         dropout=dropout,
+        layer_norm_epsilon=layer_norm_epsilon,
         name="patch_encoder",
     )(x)
     for i in range(config.depth):
         x = TransformerBlock(
             config.num_heads,
             config.mlp_dim,
+            head_dim=config.head_dim,
             dropout=dropout,
             attention_dropout=attention_dropout,
             drop_path=drop_path * i / max(config.depth - 1, 1),
             layer_scale=layer_scale,
+            qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             gelu=gelu,
             layer_norm_epsilon=layer_norm_epsilon,
             name=f"block_{i}",
         )(x)
-    x = keras.layers.LayerNormalization(epsilon=layer_norm_epsilon, name="encoder_norm")(x)
+    norm = keras.layers.LayerNormalization(
+        epsilon=layer_norm_epsilon, name="pooled_norm" if norm_after_pooling else "encoder_norm"
+    )
+    if not norm_after_pooling:
+        x = norm(x)
     if pooling == "map":
-        x = AttentionPooling(
-            config.num_heads,
-            config.mlp_dim,
-            gelu=gelu,
-            layer_norm_epsilon=layer_norm_epsilon,
-            name="pooling",
-        )(x)
+        pools = [
+            AttentionPooling(
+                config.num_heads,
+                config.mlp_dim,
+                gelu=gelu,
+                layer_norm_epsilon=layer_norm_epsilon,
+                name="pooling",
+            )
+        ]
     else:
-        x = TokenPooling(pooling, num_prefix_tokens=class_token + num_registers, name="pooling")(x)
+        prefix = class_token + distillation_token + num_registers
+        pools = [TokenPooling(pooling, num_prefix_tokens=prefix, name="pooling")]
+    if distillation_token:
+        pools.append(TokenPooling("distillation", name="distillation_pooling"))
+    features = [pool(x) for pool in pools]
+    if norm_after_pooling:
+        features = [norm(x) for x in features]
+    return keras.Model(
+        images,
+        _head(features, num_classes, representation_size),
+        name=name or _model_name(variant, patch_size),
+    )
+
+
+def _head(features, num_classes, representation_size):
+    """From the pooled features `(B, D)`, two of them with a distillation token, to the output."""
     if representation_size is not None:
-        x = keras.layers.Dense(representation_size, activation="tanh", name="pre_logits")(x)
+        pre_logits = keras.layers.Dense(representation_size, activation="tanh", name="pre_logits")
+        features = [pre_logits(x) for x in features]
     if num_classes:
-        x = keras.layers.Dense(
-            num_classes, kernel_initializer="zeros", dtype=_full_precision(), name="head"
-        )(x)
-    return keras.Model(images, x, name=name or _model_name(variant, patch_size))
+        names = ("head", "head_distillation")
+        features = [
+            keras.layers.Dense(
+                num_classes, kernel_initializer="zeros", dtype=_full_precision(), name=name
+            )(x)
+            for name, x in zip(names, features, strict=False)
+        ]
+    if len(features) == 1:
+        return features[0]
+    return keras.layers.Average(dtype=_full_precision(), name="average")(features)
 
 
 def _resolve_variant(variant, patch_size):
@@ -190,19 +234,29 @@ def _image_size(image_size):
     return size
 
 
-def _check_model(config, pooling, class_token, position, gelu, num_classes, representation_size):
+def _check_choices(pooling, position, gelu):
     check_choice("pooling", pooling, POOLINGS)
     check_choice("position", position, POSITIONS)
     check_choice("gelu", gelu, GELUS)
-    if pooling == "token" and not class_token:
+
+
+def _check_tokens(pooling, class_token, distillation_token, representation_size):
+    if pooling in ("token", "token+gap") and not class_token:
         raise ValueError(
-            'pooling="token" needs a class token: pass class_token=True, or pooling="gap". '
+            f'pooling="{pooling}" needs a class token: pass class_token=True, or pooling="gap". '
             f"Received: class_token={class_token!r}."
         )
-    if num_classes != 0:
-        check_positive_int("num_classes", num_classes)
-    if representation_size is not None:
-        check_positive_int("representation_size", representation_size)
+    if distillation_token and (pooling != "token" or representation_size is not None):
+        raise ValueError(
+            'A distillation token needs pooling="token" and no `representation_size`. '
+            f"Received: pooling={pooling!r}, representation_size={representation_size!r}."
+        )
+
+
+def _check_rates(**rates):
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={rate!r}.")
 
 
 def _grid_size(shape, patch_size, image_size):
@@ -256,3 +310,77 @@ def _model_name(variant, patch_size):
         return "vit"
     width, size = variant.replace("+", "_").split("/")
     return f"vit_{width}{patch_size or size}"
+
+
+def vit_arguments(model):
+    """The arguments of `build_vit` that built `model`, read back from its layers.
+
+    `build_vit(**vit_arguments(model))` is the same model with new weights; `variant` comes back as
+    a `ViTConfig`, and `normalization` as `(mean, std)`.
+
+    Args:
+        model: A model of `build_vit`, also one that was saved and loaded.
+
+    Returns:
+        dict of every argument of `build_vit`.
+
+    Raises:
+        ValueError: `model` is not a model of `build_vit`.
+    """
+    layers = {layer.name: layer for layer in model.layers}
+    if not {"patches", "patch_encoder", "block_0", "pooling"} <= set(layers):
+        raise ValueError(
+            "The model must be one that `keras_vit.build_vit` made. "
+            f"Received: {model.name!r} with the layers {', '.join(layers)}."
+        )
+    patch_size = layers["patches"].patch_size
+    patches = layers["patch_encoder"].get_config()
+    depth = sum(isinstance(layer, TransformerBlock) for layer in layers.values())
+    block = layers["block_0"].get_config()
+    pooling = layers["pooling"]
+    stem = layers.get("stem")
+    sizes = {
+        "hidden_dim": patches["hidden_dim"],
+        "depth": depth,
+        "num_heads": block["num_heads"],
+        "mlp_dim": block["mlp_dim"],
+        "patch_size": patch_size,
+        "head_dim": block["head_dim"],
+    }
+    if stem is not None:
+        sizes |= {"stem_units": stem.units, "stem_width": stem.width}
+    _, height, width, channels = model.input_shape
+    return {
+        "variant": ViTConfig(**sizes),
+        "image_size": (height, width),
+        "num_classes": layers["head"].units if "head" in layers else 0,
+        "patch_size": None,
+        "channels": channels,
+        "pooling": "map" if isinstance(pooling, AttentionPooling) else pooling.pooling,
+        "norm_after_pooling": "pooled_norm" in layers,
+        "representation_size": layers["pre_logits"].units if "pre_logits" in layers else None,
+        "drop_path": layers[f"block_{depth - 1}"].drop_path.rate,
+        "normalization": _normalization_of(layers.get("normalization")),
+        "name": model.name,
+        **_pick(
+            patches,
+            ("class_token", "distillation_token", "num_registers", "position", "patch_norm"),
+        ),
+        **_pick(
+            block,
+            ("dropout", "attention_dropout", "layer_scale", "qkv_bias", "qk_norm", "gelu")
+            + ("layer_norm_epsilon",),
+        ),
+    }
+
+
+def _pick(config, names):
+    return {name: config[name] for name in names}
+
+
+def _normalization_of(layer):
+    """The `(mean, std)` of a normalization layer, which computes image * scale + offset."""
+    if layer is None:
+        return None
+    std = np.round(1 / (255 * np.asarray(layer.scale)), 12)  # 0.229, not 0.22899999999999998
+    return np.round(-np.asarray(layer.offset) * std, 12).tolist(), std.tolist()

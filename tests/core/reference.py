@@ -45,6 +45,7 @@ def vit_forward(
     num_heads,
     pooling="token",
     class_token=True,
+    distillation_token=False,
     num_registers=0,
     position="learned",
     gelu="erf",
@@ -55,7 +56,8 @@ def vit_forward(
 ):
     """Computes a Vision Transformer's logits from its weights and images.
 
-    Layer scale, query/key norm, pre-logits and head are applied where the weights have them.
+    Layer scale, query/key norm, patch norms, qkv bias, a norm after the pooling, pre-logits and
+    head are applied where the weights have them; so is a head width other than D / num_heads.
 
     Args:
         weights: dict of name to array, Keras' layout: Dense kernels are (in, out), qkv columns are
@@ -63,9 +65,11 @@ def vit_forward(
         images: (B, H, W, C).
         patch_size: int, edge of a patch, in pixels of the image or of the stem's feature map.
         num_heads: int.
-        pooling: "token", "mean" (all tokens), "gap" (patch tokens only) or "map" (a probe attends
-            to all tokens).
+        pooling: "token", "mean" (all tokens), "gap" (patch tokens only), "token+gap" (both, one
+            after the other) or "map" (a probe attends to all tokens).
         class_token: bool.
+        distillation_token: bool, a token after the class token; the output is then the mean of
+            what the two tokens give, each by its own head.
         num_registers: int, tokens between the class token and the patches, without a position.
         position: "learned" or "sincos2d" (patches only).
         gelu: "erf" or "tanh".
@@ -80,6 +84,7 @@ def vit_forward(
     """
     w = Weights(weights)
     activation = {"erf": gelu_erf, "tanh": gelu_tanh}[gelu]
+    epsilon = layer_norm_epsilon
     x = np.asarray(images, dtype=np.float64)
     if normalization is not None:
         mean, std = (np.asarray(value, dtype=np.float64) for value in normalization)
@@ -87,27 +92,39 @@ def vit_forward(
     if stem_units is not None:
         x = resnet_stem(w, x, stem_units)
 
-    x = embed(w, x, patch_size, class_token, num_registers, position)
+    special = int(class_token) + int(distillation_token)
+    x = embed(w, x, patch_size, class_token, distillation_token, num_registers, position, epsilon)
     depth = 0
     while f"block_{depth}/norm1/gamma" in w:
         x = encoder_block(w, f"block_{depth}", x, num_heads, activation, layer_norm_epsilon)
         depth += 1
-    tokens = layer_norm(w, "encoder_norm", x, layer_norm_epsilon)
+    tokens = layer_norm(w, "encoder_norm", x, epsilon) if "encoder_norm/gamma" in w else x
 
     if pooling == "token":
         x = tokens[:, 0]
     elif pooling == "mean":
         x = tokens.mean(axis=1)
     elif pooling == "gap":
-        x = tokens[:, int(class_token) + num_registers :].mean(axis=1)
+        x = tokens[:, special + num_registers :].mean(axis=1)
+    elif pooling == "token+gap":
+        patches = tokens[:, special + num_registers :].mean(axis=1)
+        x = np.stack([np.append(*row) for row in zip(tokens[:, 0], patches, strict=True)])
     elif pooling == "map":
-        x = map_pool(w, tokens, num_heads, activation, layer_norm_epsilon)
+        x = map_pool(w, tokens, num_heads, activation, epsilon)
     else:
         raise ValueError(f"Unknown pooling. Received: pooling={pooling!r}.")
+    second = tokens[:, 1]  # the distillation token, where there is one
+    if "pooled_norm/gamma" in w:
+        x = layer_norm(w, "pooled_norm", x, epsilon)
+        second = layer_norm(w, "pooled_norm", second, epsilon)
     if "pre_logits/kernel" in w:
         x = np.tanh(dense(w, "pre_logits", x))
     if "head/kernel" in w:
         x = dense(w, "head", x)
+    if "head_distillation/kernel" in w:
+        second = dense(w, "head_distillation", second)
+    if distillation_token:
+        x = (x + second) / 2
     w.check_all_read()
     return (x, tokens) if return_tokens else x
 
@@ -115,19 +132,23 @@ def vit_forward(
 # Tokens
 
 
-def embed(w, x, patch_size, class_token, num_registers, position):
-    """Eq. 1: [class; registers; patches]; positions on patches and, if learned, on the class."""
+def embed(w, x, patch_size, class_token, distillation_token, num_registers, position, epsilon):
+    """Eq. 1: [class; distillation; registers; patches]; learned positions on all but registers."""
     grid_height, grid_width = x.shape[1] // patch_size, x.shape[2] // patch_size
-    patches = dense(w, "patch_encoder/projection", cut_patches(x, patch_size))  # B, N, D
+    patches = cut_patches(x, patch_size)
+    if "patch_encoder/patch_norm/gamma" in w:
+        patches = layer_norm(w, "patch_encoder/patch_norm", patches, epsilon)
+    patches = dense(w, "patch_encoder/projection", patches)  # B, N, D
+    if "patch_encoder/projection_norm/gamma" in w:
+        patches = layer_norm(w, "patch_encoder/projection_norm", patches, epsilon)
     batch, _, dim = patches.shape
-    for_class = np.zeros(dim)
+    special = ["class_token"] * class_token + ["distillation_token"] * distillation_token
+    places = np.zeros((len(special), dim))
     if position == "learned":
         table = w["patch_encoder/position_embedding"]
-        length = grid_height * grid_width + int(class_token)
+        length = grid_height * grid_width + len(special)
         check_shape("position_embedding", table, (1, length, dim))
-        table = table[0]
-        if class_token:
-            for_class, table = table[0], table[1:]
+        places, table = table[0, : len(special)], table[0, len(special) :]
     elif position == "sincos2d":
         table = sincos2d(grid_height, grid_width, dim)
     else:
@@ -136,9 +157,9 @@ def embed(w, x, patch_size, class_token, num_registers, position):
     sequences = []
     for b in range(batch):
         rows = []
-        if class_token:
-            check_shape("class_token", w["patch_encoder/class_token"], (1, 1, dim))
-            rows.append(w["patch_encoder/class_token"][0, 0] + for_class)
+        for token, place in zip(special, places, strict=True):
+            check_shape(token, w[f"patch_encoder/{token}"], (1, 1, dim))
+            rows.append(w[f"patch_encoder/{token}"][0, 0] + place)
         if num_registers:
             check_shape("registers", w["patch_encoder/registers"], (1, num_registers, dim))
         for r in range(num_registers):
@@ -196,8 +217,8 @@ def encoder_block(w, name, x, num_heads, activation, epsilon):
 
 
 def self_attention(w, name, x, num_heads, epsilon):
-    dim = x.shape[-1]
-    qkv = dense(w, f"{name}/qkv", x)  # B, T, 3 * D
+    qkv = dense(w, f"{name}/qkv", x)  # B, T, 3 * heads * head_dim
+    dim = qkv.shape[-1] // 3
     query, key, value = qkv[..., :dim], qkv[..., dim : 2 * dim], qkv[..., 2 * dim :]
     return attend(w, name, query, key, value, num_heads, epsilon)
 
@@ -239,7 +260,10 @@ def feed_forward(w, name, x, activation):
 
 
 def dense(w, name, x):
-    return x @ w[f"{name}/kernel"] + w[f"{name}/bias"]
+    y = x @ w[f"{name}/kernel"]
+    if name.endswith("qkv") and f"{name}/bias" not in w:
+        return y
+    return y + w[f"{name}/bias"]
 
 
 def layer_norm(w, name, x, epsilon):

@@ -1,5 +1,7 @@
 """The forward pass against an independent float64 NumPy forward: equal to 1e-10."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -49,6 +51,12 @@ SHARED = [
     {"num_registers": 2, "pooling": "gap"},
     {"num_registers": 2, "pooling": "mean"},
     {"num_registers": 2, "pooling": "map", "class_token": False, "position": "sincos2d"},
+    {"pooling": "token+gap"},
+    {"pooling": "token+gap", "num_registers": 2},
+    {"distillation_token": True},
+    {"distillation_token": True, "num_registers": 2},
+    {"distillation_token": True, "position": "sincos2d"},
+    {"pooling": "gap", "class_token": False, "num_registers": 2, "position": "sincos2d"},
     {"gelu": "tanh"},
     {"gelu": "tanh", "pooling": "map"},
     {"layer_norm_epsilon": 1e-3},
@@ -61,6 +69,12 @@ IN_WEIGHTS = [
     {"qk_norm": True},
     {"qk_norm": True, "layer_norm_epsilon": 1e-3, "layer_scale": 0.1},
     {"representation_size": 11},
+    {"patch_norm": True},
+    {"patch_norm": True, "layer_norm_epsilon": 1e-3},
+    {"qkv_bias": False},
+    {"qkv_bias": False, "qk_norm": True},
+    {"norm_after_pooling": True},
+    {"norm_after_pooling": True, "layer_norm_epsilon": 1e-3},
     {"num_classes": 0},
     {"num_classes": 0, "representation_size": 11},
     {"channels": 1},
@@ -81,6 +95,23 @@ def test_shared_arguments(arguments, best_precision):
 def test_arguments_seen_in_the_weights(arguments, best_precision):
     seen = {"layer_norm_epsilon": arguments.get("layer_norm_epsilon", 1e-6)}
     compare(CONFIG, IMAGE_SIZE, arguments, seen, best_precision)
+
+
+@pytest.mark.parametrize("arguments", [{"pooling": "gap"}, {"distillation_token": True}], ids=name)
+def test_norm_after_pooling(arguments, best_precision):
+    seen = {"norm_after_pooling": True, **arguments}
+    compare(CONFIG, IMAGE_SIZE, seen, arguments, best_precision)
+
+
+def test_features_with_a_distillation_token(best_precision):
+    arguments = {"distillation_token": True}
+    compare(CONFIG, IMAGE_SIZE, {"num_classes": 0, **arguments}, arguments, best_precision)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"qk_norm": True}, {"qkv_bias": False}], ids=name)
+def test_head_dim(arguments, best_precision):
+    config = dataclasses.replace(CONFIG, head_dim=4)
+    compare(config, IMAGE_SIZE, arguments, {}, best_precision)
 
 
 @pytest.mark.parametrize("image_size", [(8, 8), (4, 28), (28, 4)])

@@ -1,5 +1,6 @@
 """Models and layers survive config round trips and files, in another process too."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from conftest import randomise
 
 import keras_vit
+from keras_vit.model import NORMALIZATIONS, vit_arguments
 
 CONFIG = keras_vit.ViTConfig(hidden_dim=24, depth=2, num_heads=3, mlp_dim=40, patch_size=4)
 HYBRID = keras_vit.ViTConfig(24, 1, 3, 40, 1, stem_units=(1, 1), stem_width=32)
@@ -33,6 +35,16 @@ MODELS = {
         },
     ),
     "gap": (CONFIG, {"pooling": "gap", "class_token": False, "normalization": "minus_one_one"}),
+    "distilled": (
+        keras_vit.ViTConfig(24, 2, 3, 40, 4, head_dim=5),
+        {
+            "distillation_token": True,
+            "patch_norm": True,
+            "qkv_bias": False,
+            "norm_after_pooling": True,
+        },
+    ),
+    "token+gap": (CONFIG, {"pooling": "token+gap", "num_registers": 3}),
     "hybrid": (HYBRID, {"pooling": "mean"}),
 }
 
@@ -65,6 +77,33 @@ def test_config_round_trip(name):
     np.testing.assert_array_equal(copy.predict(images, verbose=0), model.predict(images, verbose=0))
     clone = keras.models.model_from_json(model.to_json())
     assert [w.path for w in clone.weights] == [w.path for w in model.weights]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_arguments_read_back(name):
+    """`vit_arguments` gives what `build_vit` was given, and the same function with the weights."""
+    config, arguments = MODELS[name]
+    model, images = make(name)
+    found = vit_arguments(keras.Model.from_config(model.get_config()))
+    defaults = {
+        key: parameter.default
+        for key, parameter in inspect.signature(keras_vit.build_vit).parameters.items()
+    }
+    expected = {**defaults, "variant": config, "image_size": (16, 24), "num_classes": 7}
+    expected |= {**arguments, "name": "vit"}
+    if expected["normalization"] is not None:
+        mean, std = NORMALIZATIONS[expected["normalization"]]
+        expected["normalization"] = (list(mean), list(std))
+    assert found == expected
+    copy = keras_vit.build_vit(**found)
+    copy.set_weights(model.get_weights())
+    np.testing.assert_array_equal(copy.predict(images, verbose=0), model.predict(images, verbose=0))
+
+
+def test_arguments_of_another_model():
+    model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(2, name="only")])
+    with pytest.raises(ValueError, match=r"must be one that .*build_vit.* made.*layers only"):
+        vit_arguments(model)
 
 
 @pytest.mark.parametrize("name", MODELS)
