@@ -26,6 +26,7 @@ if pathlib.PurePath(sys.argv[0] if sys.argv else "").name not in ("keras-vit", "
         TransformerBlock,
     )
     from keras_vit.model import build_vit
+    from keras_vit.weights import from_checkpoint, load_weights, resize_model, save_checkpoint
 
     __all__ = [
         "VARIANTS",
@@ -39,4 +40,8 @@ if pathlib.PurePath(sys.argv[0] if sys.argv else "").name not in ("keras-vit", "
         "TransformerBlock",
         "ViTConfig",
         "build_vit",
+        "from_checkpoint",
+        "load_weights",
+        "resize_model",
+        "save_checkpoint",
     ]

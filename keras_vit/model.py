@@ -110,7 +110,7 @@ def build_vit(
     starts at zero; GELU is exact by default where the paper's code has the tanh form.
     """
     config = _resolve_variant(variant, patch_size)
-    height, width = _image_size(image_size)
+    height, width = check_image_size(image_size)
     check_positive_int("channels", channels)
     _check_choices(pooling, position, gelu)
     _check_tokens(pooling, class_token, distillation_token, representation_size)
@@ -221,7 +221,7 @@ def _resolve_variant(variant, patch_size):
     return config if patch_size is None else dataclasses.replace(config, patch_size=patch_size)
 
 
-def _image_size(image_size):
+def check_image_size(image_size):
     """`(height, width)` of an int or a pair."""
     pair = isinstance(image_size, (tuple, list))
     size = tuple(image_size) if pair else (image_size, image_size)

@@ -1,0 +1,10 @@
+"""Public checkpoints: loading, saving, and another resolution."""
+
+from keras_vit.weights.loading import (
+    from_checkpoint,
+    load_weights,
+    resize_model,
+    save_checkpoint,
+)
+
+__all__ = ["from_checkpoint", "load_weights", "resize_model", "save_checkpoint"]

@@ -1,0 +1,93 @@
+"""What a checkpoint says of its model, in the words of `build_vit`."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from keras_vit.config import VARIANTS
+from keras_vit.model import NORMALIZATIONS, check_image_size
+
+HEADS = {config.hidden_dim: config.num_heads for config in VARIANTS.values()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The architecture of a checkpoint.
+
+    Args:
+        arguments: The arguments of `build_vit` that make it.
+        assumed: Those that the file does not say, and were taken by the family's habit.
+    """
+
+    arguments: dict
+    assumed: tuple[str, ...] = ()
+
+
+def grid_of(arguments):
+    """`(rows, columns)` of the patches of a model with these arguments of `build_vit`."""
+    stride = _stride(arguments["variant"])
+    height, width = check_image_size(arguments["image_size"])
+    return height // stride, width // stride
+
+
+def _stride(config):
+    """Pixels of the image from one patch to the next."""
+    if config.stem_units is None:
+        return config.patch_size
+    return config.patch_size * 4 * 2 ** max(len(config.stem_units) - 1, 0)
+
+
+def file_image_size(checkpoint, config, positions, slots, known, asked):
+    """The image size that a table of learned positions belongs to.
+
+    Args:
+        checkpoint: The `Checkpoint`, for errors.
+        config: The `ViTConfig`.
+        positions: Rows of the table.
+        slots: How many of them may belong to tokens other than patches, the likeliest first.
+        known: The size that the file's configuration gives, or None.
+        asked: The size the user asks for, or None; taken if its grid fits and is not square, for
+            a file cannot tell 3 x 6 patches from 2 x 9.
+
+    Returns:
+        `(height, width)` in pixels.
+
+    Raises:
+        ValueError: No size fits the table.
+    """
+    stride = _stride(config)
+    patches = [positions - n for n in slots]
+    squares = [(math.isqrt(n) * stride,) * 2 for n in patches if n > 0]
+    for size in (known, *squares, asked):
+        if size is not None:
+            rows, columns = (side // stride for side in check_image_size(size))
+            if rows * columns in patches:
+                return rows * stride, columns * stride
+    raise checkpoint.error(
+        f"its {positions} positions are of no square grid of patches: pass the `image_size` "
+        f"(height, width) that it was made for. Received: image_size={asked}."
+    )
+
+
+def head_count(checkpoint, hidden_dim, num_heads):
+    """The number of heads that a file without it has: the one given, or its variant's."""
+    if num_heads is not None:
+        return num_heads
+    if hidden_dim not in HEADS:
+        raise checkpoint.error(
+            f"the file does not say how many attention heads its width of {hidden_dim} has: pass "
+            "`num_heads`."
+        )
+    return HEADS[hidden_dim]
+
+
+def normalization_of(mean, std):
+    """A mean and std per channel as an argument of `build_vit`, a name where there is one."""
+    for name, known in NORMALIZATIONS.items():
+        if all(
+            np.array_equal(values, np.broadcast_to(expected, len(values)))
+            for values, expected in zip((mean, std), known, strict=True)
+        ):
+            return name
+    return tuple(mean), tuple(std)

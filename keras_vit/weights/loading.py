@@ -1,0 +1,385 @@
+"""Checkpoints into models and back."""
+
+import json
+import warnings
+
+import keras
+import numpy as np
+import safetensors.numpy
+
+from keras_vit.files import check_new, replacing
+from keras_vit.model import build_vit, vit_arguments
+from keras_vit.positions import resize_positions, sincos2d
+from keras_vit.weights import google, huggingface, lucidrains, timm
+from keras_vit.weights.checkpoint import listed, open_checkpoint
+from keras_vit.weights.description import grid_of
+from keras_vit.weights.sources import checkpoint_facts, local_path
+
+FAMILIES = (google, timm, huggingface, lucidrains)
+HEAD = ("pre_logits/", "head/", "head_distillation/")
+_HEAD_WEIGHTS = tuple(f"{layer}{leaf}" for layer in HEAD for leaf in ("kernel", "bias"))
+POSITIONS = "patch_encoder/position_embedding"
+TOKENS = ("patch_encoder/class_token", "patch_encoder/distillation_token")
+REGISTERS = "patch_encoder/registers"
+
+
+def from_checkpoint(
+    path,
+    *,
+    num_classes=None,
+    image_size=None,
+    num_heads=None,
+    interpolation=None,
+    **overrides,
+):
+    """Builds the model that a public checkpoint is of, with its weights.
+
+    Example:
+
+        model = keras_vit.from_checkpoint("hf://google/vit-base-patch16-224")
+        features = keras_vit.from_checkpoint("dinov2_vits14.safetensors", num_classes=0)
+
+    Args:
+        path: A .npz or .safetensors file, the index of a sharded one, a folder with one of them,
+            "hf://owner/name[/file]" or an "https://" address. The families are Google's (both
+            vision_transformer and big_vision), timm, Hugging Face (ViT, DeiT, DINOv2) and
+            lucidrains' vit-pytorch.
+        num_classes: None: the head of the file. 0: no head, the model gives pooled features
+            `(B, D)`. Another number than the file's: a new head of zeros, `pre_logits` left out.
+        image_size: Side of the images in pixels, or `(height, width)`; None: the file's. The
+            positions are resized to it.
+        num_heads: Attention heads, for files that do not say (timm, lucidrains); None: those of
+            the variant of the same width.
+        interpolation: How positions are resized, see `keras_vit.positions.resize_positions`;
+            None: as the family's own code does.
+        **overrides: Other arguments of `build_vit`, such as `drop_path=0.1` or
+            `normalization=None` for images that come normalised.
+
+    Returns:
+        A model of `build_vit`. It takes images in [0, 255] unless `normalization` is None.
+
+    Raises:
+        ValueError: The file is of no known family, is damaged, holds values that are not finite,
+            or its tensors do not make a model; says which.
+        TypeError: An override is not an argument of `build_vit`.
+
+    Warns:
+        UserWarning: The file does not say an argument, and a family's habit was taken.
+    """
+    checkpoint, family = _open(path)
+    asked = image_size
+    description = family.describe(checkpoint, num_heads=num_heads, image_size=image_size)
+    described = description.arguments
+    arguments = {**described, **overrides}
+    arguments["image_size"] = asked or described["image_size"]
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+        if num_classes != described["num_classes"] and "representation_size" not in overrides:
+            arguments["representation_size"] = None
+    try:
+        model = build_vit(**arguments)
+    except ValueError as error:
+        raise checkpoint.error(str(error)) from error
+    _load(model, checkpoint, family, described, interpolation)
+    assumed = [
+        f"{name}={arguments.get(name, described['variant'].num_heads)!r}"
+        for name in description.assumed
+        if name not in overrides
+    ]
+    if assumed:
+        warnings.warn(
+            f"{checkpoint.path} does not say its {' and '.join(description.assumed)}: took "
+            f"{', '.join(assumed)}. Pass it to be sure.",
+            stacklevel=2,
+        )
+    return model
+
+
+def load_weights(model, path, *, interpolation=None):
+    """Loads a public checkpoint into a model of `build_vit`.
+
+    The positions are resized to the model's patches. The head (and `pre_logits`) is left as it is
+    if the file has none or one of another number of classes. The model is not changed if anything
+    is wrong.
+
+    Example:
+
+        model = keras_vit.build_vit("S/14", image_size=224, num_classes=10, layer_scale=1e-5)
+        keras_vit.load_weights(model, "dinov2_vits14.safetensors")
+
+    Args:
+        model: A model of `build_vit`.
+        path: As in `from_checkpoint`.
+        interpolation: As in `from_checkpoint`.
+
+    Raises:
+        ValueError: As `from_checkpoint`; also if the tensors do not fit the model, with the names
+            of those that are missing, unexpected and mis-shaped.
+
+    Warns:
+        UserWarning: The file was made with another GELU or another epsilon than the model's.
+    """
+    arguments = vit_arguments(model)
+    checkpoint, family = _open(path)
+    description = family.describe(
+        checkpoint,
+        num_heads=arguments["variant"].num_heads,
+        image_size=arguments["image_size"],
+    )
+    _load(model, checkpoint, family, description.arguments, interpolation)
+    for name in ("gelu", "layer_norm_epsilon"):
+        if arguments[name] != description.arguments[name]:
+            warnings.warn(
+                f"{checkpoint.path} was made with {name}={description.arguments[name]!r}, and the "
+                f"model has {name}={arguments[name]!r}: it computes something else.",
+                stacklevel=2,
+            )
+
+
+def save_checkpoint(model, path, family, *, overwrite=False):
+    """Writes a model in a family's format, for the family's own code.
+
+    "google" is a .npz file for vision_transformer and big_vision. "timm" is a .safetensors file
+    for timm, in which a class token beside registers takes its position into itself, as timm's
+    models with registers expect (`no_embed_class`).
+
+    Example:
+
+        keras_vit.save_checkpoint(model, "vit.safetensors", "timm")
+        # elsewhere: timm.create_model("vit_small_patch16_224", checkpoint_path="vit.safetensors")
+
+    Args:
+        model: A model of `build_vit`.
+        path: The file to write.
+        family: "google" or "timm".
+        overwrite: Whether to replace a file that is there.
+
+    Raises:
+        ValueError: The family has no place for one of the model's parts, `path` has another
+            suffix than the family's, or exists.
+    """
+    writers = {"google": (google, ".npz", _write_npz), "timm": (timm, ".safetensors", _write_timm)}
+    if family not in writers:
+        raise ValueError(f"`family` must be 'google' or 'timm'. Received: family={family!r}.")
+    module, suffix, write = writers[family]
+    if not str(path).endswith(suffix):
+        raise ValueError(f"A {family} checkpoint must end in {suffix}. Received: {path}.")
+    check_new(path, overwrite, "pass overwrite=True")
+    arguments = vit_arguments(model)
+    arrays = {name: _to_numpy(weight) for name, weight in _weights(model).items()}
+    _check_saveable(module, arguments, arrays)
+    if module is timm:
+        arrays = _with_positions_of_timm(arrays, arguments)
+    tensors = {}
+    for name, entry in module.entries(arrays, arguments).items():
+        tensors |= zip(entry.names, map(np.ascontiguousarray, entry.save(arrays[name])))
+    with replacing(path) as temporary:
+        write(temporary, tensors, arguments)
+
+
+def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
+    """The same trained model for images of another size: the positions are resized.
+
+    Args:
+        model: A model of `build_vit`.
+        image_size: Side of the images in pixels, or `(height, width)`.
+        interpolation: See `keras_vit.positions.resize_positions`.
+
+    Returns:
+        A new model with the other weights as they are, and layers as trainable as the model's.
+
+    Raises:
+        ValueError: `model` is not of `build_vit`, or the size does not divide into patches.
+    """
+    arguments = vit_arguments(model)
+    new_arguments = {**arguments, "image_size": image_size}
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(model.get_layer("patch_encoder").dtype_policy)
+    try:
+        new = build_vit(**new_arguments)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    old_weights = _weights(model)
+    for name, weight in _weights(new).items():
+        value = _to_numpy(old_weights[name])
+        if name == POSITIONS:
+            value = _resized(value, grid_of(arguments), grid_of(new_arguments), interpolation)
+        weight.assign(value)
+    for layer in new.layers:
+        layer.trainable = model.get_layer(layer.name).trainable
+    return new
+
+
+def _open(path):
+    """The checkpoint in its family's canonical spelling, and the family."""
+    checkpoint = open_checkpoint(local_path(path))
+    checkpoint.config.update(checkpoint_facts(path))
+    for family in FAMILIES:
+        if family.matches(checkpoint.tensors):
+            return family.canonical(checkpoint), family
+    raise checkpoint.error(
+        f"its tensors are of no known family ({', '.join(f.NAME for f in FAMILIES)}). "
+        f"Received: {listed(checkpoint.tensors)}."
+    )
+
+
+def _load(model, checkpoint, family, described, interpolation):
+    """Checks that everything fits and is finite, and only then assigns it."""
+    weights = _weights(model)
+    arguments = vit_arguments(model)
+    if arguments["num_classes"] != described["num_classes"]:
+        weights = {name: w for name, w in weights.items() if not name.startswith(HEAD)}
+    entries = family.entries(weights, arguments)
+    unused = family.entries(_HEAD_WEIGHTS, described) if not _has_head(weights) else {}
+    _check_fit(checkpoint, family, weights, entries, unused)
+    for entry in entries.values():
+        for name in entry.names:
+            if not np.isfinite(checkpoint.tensors[name].read()).all():
+                raise checkpoint.error(f"{name} holds values that are not finite.")
+
+    def read(weight):
+        arrays = [checkpoint.tensors[name].read() for name in entries[weight].names]
+        return entries[weight].load(arrays).astype("float32")
+
+    def positions():
+        placed = arguments["class_token"] + arguments["distillation_token"]
+        return _split_positions(read(POSITIONS), grid_of(described), placed)
+
+    # By their place in the file: of stacked blocks, one stack is held at a time.
+    for name in sorted(weights, key=lambda name: checkpoint.tensors[entries[name].names[0]].name):
+        if name == POSITIONS:
+            tokens, _, patches = positions()
+            patches = _resized(
+                patches,
+                grid_of(described),
+                grid_of(arguments),
+                interpolation or family.INTERPOLATION,
+            )
+            weights[name].assign(np.concatenate([tokens, patches], axis=1))
+        elif name == REGISTERS and POSITIONS in entries:
+            _, of_registers, _ = positions()
+            weights[name].assign(read(name) + of_registers)
+        else:
+            weights[name].assign(read(name))
+
+
+def _has_head(weights):
+    return any(name.startswith(HEAD) for name in weights)
+
+
+def _check_fit(checkpoint, family, weights, entries, unused):
+    """ValueError with the names of the tensors that keep the file from fitting the model."""
+    tensors = checkpoint.tensors
+    missing = [weight for weight in weights if weight not in entries]
+    misshaped, used = [], set()
+    for weight, entry in entries.items():
+        shapes = entry.shapes(tuple(weights[weight].shape))
+        for name, expected in zip(entry.names, shapes, strict=True):
+            used.add(name)
+            if name not in tensors:
+                missing.append(name)
+                continue
+            shape = tensors[name].shape
+            if weight == POSITIONS:  # of any number
+                expected = (1, shape[1] if len(shape) == 3 else -1, expected[2])
+            if shape != expected:
+                misshaped.append(f"{name} {shape}, expected {expected}")
+    used |= {name for entry in unused.values() for name in entry.names}
+    unexpected = [tensor.name for name, tensor in tensors.items() if name not in used]
+    problems = [
+        f"  {kind} ({len(names)}): {listed(names)}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("mis-shaped", misshaped),
+        )
+        if names
+    ]
+    if problems:
+        raise checkpoint.error(
+            f"the file (of the family {family.NAME}) does not fit the model.\n"
+            + "\n".join(problems)
+        )
+
+
+def _split_positions(table, grid_size, placed):
+    """A file's positions `(1, ., D)`: those of the placed tokens, the registers, the patches.
+
+    Tokens for which the table has no row have the position 0: big_vision and timm's
+    `no_embed_class` add positions to patches alone.
+    """
+    slots = table.shape[1] - grid_size[0] * grid_size[1]
+    if slots == 0:
+        tokens = np.zeros((1, placed, table.shape[2]), table.dtype)
+        return tokens, np.zeros((), table.dtype), table
+    registers = table[:, placed:slots] if slots > placed else np.zeros((), table.dtype)
+    return table[:, :placed], registers, table[:, slots:]
+
+
+def _resized(table, grid_size, new_grid_size, interpolation):
+    """Positions `(1, T + N, D)`: those of the T first tokens are kept, the grid is resized."""
+    tokens = table.shape[1] - grid_size[0] * grid_size[1]
+    patches = resize_positions(table[0, tokens:], grid_size, new_grid_size, interpolation)
+    return np.concatenate([table[:, :tokens], patches[None]], axis=1)
+
+
+def _weights(model):
+    """The weights of a model by path, without the state of its random generators."""
+    return {w.path: w for w in model.weights if "seed_generator" not in w.path}
+
+
+def _to_numpy(weight):
+    return keras.ops.convert_to_numpy(weight.value).astype("float32")
+
+
+def _check_saveable(family, arguments, weights):
+    """ValueError unless the family's own code can compute what the model does."""
+    wrong = [
+        f"{name}={arguments[name]!r} (expected {expected!r})"
+        for name, expected in family.FIXED.items()
+        if arguments[name] != expected
+    ]
+    if arguments["pooling"] not in family.POOLINGS:
+        wrong.append(f"pooling={arguments['pooling']!r} (expected {' or '.join(family.POOLINGS)})")
+    if arguments["variant"].head_dim is not None:
+        wrong.append(f"head_dim={arguments['variant'].head_dim} (expected None)")
+    wrong += sorted(set(weights) - set(family.entries(weights, arguments)))
+    if wrong:
+        raise ValueError(
+            f"The family {family.NAME!r} has no place for what the model has. "
+            f"Received: {listed(wrong)}."
+        )
+
+
+def _with_positions_of_timm(arrays, arguments):
+    """Positions as timm's models have them: learned, and of patches alone beside registers."""
+    arrays = dict(arrays)
+    placed = [TOKENS[0]] * arguments["class_token"] + [TOKENS[1]] * arguments["distillation_token"]
+    if arguments["position"] == "sincos2d":
+        hidden_dim = arguments["variant"].hidden_dim
+        patches = sincos2d(grid_of(arguments), hidden_dim)[None].astype("float32")
+        tokens = np.zeros((1, len(placed), hidden_dim), "float32")
+        arrays[POSITIONS] = np.concatenate([tokens, patches], axis=1)
+    if REGISTERS in arrays:
+        for i, token in enumerate(placed):
+            arrays[token] = arrays[token] + arrays[POSITIONS][:, i : i + 1]
+        arrays[POSITIONS] = arrays[POSITIONS][:, len(placed) :]
+    return arrays
+
+
+def _write_npz(path, tensors, arguments):
+    np.savez(path, **tensors)
+
+
+def _write_timm(path, tensors, arguments):
+    """Writes the tensors, and as metadata what timm's names and shapes do not say."""
+    facts = {
+        "num_heads": arguments["variant"].num_heads,
+        "global_pool": {"gap": "avg"}.get(arguments["pooling"], arguments["pooling"]),
+        **{
+            name: arguments[name]
+            for name in ("image_size", "gelu", "layer_norm_epsilon", "normalization")
+        },
+    }
+    metadata = {"format": "pt", "keras_vit": json.dumps(facts)}
+    safetensors.numpy.save_file(tensors, path, metadata=metadata)
