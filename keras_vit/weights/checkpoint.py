@@ -1,16 +1,19 @@
 """Reading checkpoint files: named tensors, of which nothing is read before it is asked for.
 
 A file is data: no pickle and no code in it is ever executed. What a file says of itself (shapes,
-sizes) is checked before memory is taken for it.
+sizes, its configuration) is checked before memory is taken for it. Every error is a ValueError that
+names the file. An .npz file has a checksum for each tensor; a safetensors file has none, so that a
+number changed in it goes unnoticed unless it is no longer finite.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
 import math
 import pathlib
+import reprlib
 import zipfile
-import zlib
 from collections.abc import Callable
 
 import ml_dtypes
@@ -19,6 +22,7 @@ import safetensors
 
 # Weights hardly compress; an archive that grows more than this is no checkpoint.
 MAX_EXPANSION = 20
+MAX_TENSORS = 20_000  # eight times those of the largest ViT with its optimizer's state
 CONVERT = (
     "Convert it where PyTorch is installed: "
     "`safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')`."
@@ -100,13 +104,15 @@ def open_checkpoint(path):
 
     Args:
         path: A .npz or .safetensors file, the index of a sharded one
-            (model.safetensors.index.json), or a folder that holds one of them.
+            (model.safetensors.index.json), or a folder that holds one of them. The content of a
+            file tells its format, not its name.
 
     Returns:
         A `Checkpoint`.
 
     Raises:
-        ValueError: The file is missing, empty, truncated, pickled or of no known format.
+        ValueError: The file is missing, empty, truncated, pickled or of no known format, or it or
+            the configuration beside it says what cannot be.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -116,21 +122,11 @@ def open_checkpoint(path):
     config = {}
     for name in ("config.json", "preprocessor_config.json"):
         if (path.parent / name).is_file():
-            config |= _read_json(path.parent / name)
-    with open(path, "rb") as file:
-        start = file.read(16)
-    if path.name.endswith(".index.json"):
-        tensors = _open_shards(path)
-    elif start.startswith(b"PK\x03\x04"):
-        tensors = _open_npz(path)
-    elif start[8:9] == b"{":
-        tensors, metadata = _open_safetensors(path)
-        config |= metadata
-    else:
-        raise ValueError(f"{path}: {_why_not(start)}")
+            config |= _checked_facts(path.parent / name, _read_json(path.parent / name))
+    tensors, metadata = _opener(path)(path)
     if not tensors:
         raise ValueError(f"{path}: the file holds no tensors.")
-    return Checkpoint(path, tensors, config)
+    return Checkpoint(path, tensors, config | metadata)
 
 
 def _checkpoint_in(folder):
@@ -138,14 +134,27 @@ def _checkpoint_in(folder):
     for name in ("model.safetensors", "model.safetensors.index.json"):
         if (folder / name).is_file():
             return folder / name
-    found = [*folder.glob("*.safetensors"), *folder.glob("*.npz")]
+    found = [*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.npz")]
     if len(found) != 1:
-        names = ", ".join(sorted(path.name for path in found)) or "no such file"
+        names = listed(sorted(path.name for path in found)) or "no such file"
         raise ValueError(
             f"{folder}: the folder must hold model.safetensors, model.safetensors.index.json, or "
             f"one .safetensors or .npz file. Received: {names}."
         )
     return found[0]
+
+
+def _opener(path):
+    """The function that opens a file: path -> its tensors by name, and its metadata."""
+    with _as_value_error(path), open(path, "rb") as file:
+        start = file.read(16)
+    if path.name.endswith(".index.json"):
+        return _open_shards
+    if start.startswith(b"PK"):
+        return _open_npz
+    if start[8:9] == b"{":
+        return _open_safetensors
+    raise ValueError(f"{path}: {_why_not(start)}")
 
 
 def _why_not(start):
@@ -155,80 +164,171 @@ def _why_not(start):
     if start.startswith(b"\x80"):
         return f"the file is pickled, and a pickle can run any code: it is not read. {CONVERT}"
     if start.startswith(b"\x89HDF"):
-        return "the file is HDF5. Expected: .npz or .safetensors."
+        return "the file is HDF5: use the `load_weights` of a Keras model, or keras.saving."
     return "the file is neither .npz nor .safetensors, or its start is damaged."
-
-
-def _read_json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: the file cannot be read as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: the file must hold a JSON object. Received: {value!r}.")
-    return value
 
 
 @contextlib.contextmanager
 def _as_value_error(path):
-    """Turns what the libraries raise of a damaged file into a ValueError that names it."""
+    """Turns whatever a library raises of a damaged file into a ValueError that names it."""
     try:
         yield
-    except (
-        safetensors.SafetensorError,
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        KeyError,
-        NotImplementedError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ValueError(f"{path}: the file is damaged ({error}).") from error
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: the file is damaged or cannot be read ({reason}).") from error
+
+
+# What stands beside the tensors.
+
+
+def _read_json(path):
+    with _as_value_error(path):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    return _checked_object(path, value)
+
+
+def _checked_object(path, value):
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path}: the file must hold a JSON object. Received: {reprlib.repr(value)}."
+        )
+    return value
+
+
+def _is_count(value):
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_number(value):
+    return type(value) in (int, float) and 0 <= value < 1e6  # False for NaN
+
+
+def _is_list(value, of, lengths=range(1, 100)):
+    return isinstance(value, list) and len(value) in lengths and all(map(of, value))
+
+
+# The facts that the families use, wherever they stand in a configuration, and what they must be.
+FACTS = (
+    ("num_heads num_attention_heads", "a positive int", _is_count),
+    (
+        "image_size",
+        "a positive int or two",
+        lambda value: _is_count(value) or _is_list(value, _is_count, (2,)),
+    ),
+    ("input_size", "three positive ints", lambda value: _is_list(value, _is_count, (3,))),
+    ("layer_norm_eps layer_norm_epsilon", "a number from 0 on", _is_number),
+    ("hidden_act gelu global_pool", "a string", lambda value: isinstance(value, str)),
+    (
+        "image_mean image_std mean std",
+        "a list of numbers",
+        lambda value: _is_list(value, _is_number),
+    ),
+    (
+        "normalization",
+        "two lists of numbers",
+        lambda value: _is_list(value, lambda numbers: _is_list(numbers, _is_number), (2,)),
+    ),
+    ("pretrained_cfg model_args", "an object", lambda value: isinstance(value, dict)),
+)
+
+
+def _checked_facts(path, facts):
+    """`facts`, if what is used of them is of the type that it must be, or null."""
+    for names, expected, fits in FACTS:
+        for name in names.split():
+            value = facts.get(name)
+            if value is not None and not fits(value):
+                raise ValueError(
+                    f"{path}: {name} must be {expected}. Received: {name}={reprlib.repr(value)}."
+                )
+            if isinstance(value, dict):
+                _checked_facts(path, value)
+    return facts
+
+
+# The formats.
+
+
+def _check_shape(path, name, shape, most):
+    """ValueError for negative axes, and for axes beside one of 0 that no file pays for in bytes."""
+    if any(n < 0 for n in shape) or math.prod(max(n, 1) for n in shape) > most:
+        raise ValueError(f"{path}: {name} cannot be of the shape {shape}.")
+
+
+def _check_floats(path, name, dtype):
+    if dtype.kind != "f" and dtype != ml_dtypes.bfloat16:
+        raise ValueError(f"{path}: {name} is of type {dtype} rather than of floats.")
+
+
+def _check_count(path, count):
+    if count > MAX_TENSORS:
+        raise ValueError(
+            f"{path}: a checkpoint must hold at most {MAX_TENSORS:,} tensors. Received: {count:,}."
+        )
 
 
 def _open_safetensors(path):
     """The tensors of one file, and the facts that `save_checkpoint` put into its metadata."""
     with _as_value_error(path):
         file = safetensors.safe_open(path, framework="numpy")
-        metadata = (file.metadata() or {}).get("keras_vit", "{}")
-        facts = json.loads(metadata)
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        facts = json.loads((file.metadata() or {}).get("keras_vit", "{}"))
+    _check_count(path, len(names))
+    with _as_value_error(path):
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
     def reader(name):
         def read():
             with _as_value_error(path):
-                return file.get_tensor(name)
+                array = file.get_tensor(name)
+            _check_floats(path, name, array.dtype)
+            return array
 
         return read
 
+    for name, shape in shapes.items():
+        _check_shape(path, name, shape, most=path.stat().st_size)
     tensors = {name: Tensor(name, shape, reader(name)) for name, shape in shapes.items()}
-    return tensors, facts if isinstance(facts, dict) else {}
+    return tensors, _checked_facts(path, _checked_object(path, facts))
 
 
 def _open_shards(path):
-    """The tensors of all files of an index."""
-    shards = _read_json(path).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ValueError(f"{path}: the index must have a `weight_map`.")
-    tensors = {}
-    for name in sorted(set(map(str, shards.values()))):
+    """The tensors of all files of an index, and the facts of the first that has any."""
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(
+            f"{path}: `weight_map` must be an object of tensors and their files. "
+            f"Received: weight_map={reprlib.repr(weight_map)}."
+        )
+    shards, facts = {}, {}
+    for name in sorted(set(map(str, weight_map.values()))):
         if pathlib.PurePath(name).name != name or not (path.parent / name).is_file():
             raise ValueError(f"{path}: the shard {name!r} is not beside the index.")
-        tensors |= _open_safetensors(path.parent / name)[0]
-    if missing := sorted(set(shards) - set(tensors)):
+        shards[name], metadata = _open_safetensors(path.parent / name)
+        facts = facts or metadata
+    if missing := [name for name, shard in weight_map.items() if name not in shards[str(shard)]]:
         raise ValueError(f"{path}: the shards lack {listed(missing)}.")
-    return {name: tensors[name] for name in shards}
+    return {name: shards[shard][name] for name, shard in weight_map.items()}, facts
 
 
 def _open_npz(path):
     """The tensors of a NumPy archive; only the headers are read."""
     with _as_value_error(path):
         archive = zipfile.ZipFile(path)
-        members = archive.infolist()
+    members = archive.infolist()
+    _check_members(path, members)
+    _check_expansion(path, members)
+    tensors = [_npz_tensor(path, archive, member) for member in members]
+    most = sum(member.file_size for member in members)
+    for tensor in tensors:
+        _check_shape(path, tensor.name, tensor.shape, most)
+    return {tensor.name: tensor for tensor in tensors}, {}
+
+
+def _check_members(path, members):
+    """ValueError unless they are .npy files, each once, stored as NumPy stores them."""
     names = [member.filename for member in members]
+    _check_count(path, len(names))
     if any(name.endswith("data.pkl") for name in names):
         raise ValueError(
             f"{path}: the file is PyTorch's, whose pickle can run any code: it is not read. "
@@ -238,33 +338,50 @@ def _open_npz(path):
         raise ValueError(f"{path}: the file is a Keras model: use keras.saving.load_model.")
     if others := [name for name in names if not name.endswith(".npy")]:
         raise ValueError(f"{path}: the archive must hold .npy files. Received: {listed(others)}.")
+    if len(set(names)) < len(names):
+        twice = [name for name, count in collections.Counter(names).items() if count > 1]
+        raise ValueError(f"{path}: the archive holds {listed(twice)} more than once.")
+
+
+def _check_expansion(path, members):
+    """ValueError for a zip bomb; of the ways to compress, NumPy's is the only one with a limit."""
     size, expanded = path.stat().st_size, sum(member.file_size for member in members)
     if expanded > MAX_EXPANSION * size:
         raise ValueError(
             f"{path}: the archive of {size:,} bytes would expand to {expanded:,}, more than "
             f"{MAX_EXPANSION} times its size: it is no checkpoint."
         )
-    with _as_value_error(path):
-        tensors = [_npz_tensor(archive, member) for member in members]
-    return {tensor.name: tensor for tensor in tensors}
+    methods = {member.compress_type for member in members}
+    if not methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError(
+            f"{path}: the archive must be stored or deflated, as NumPy writes it. "
+            f"Received: the zip methods {sorted(methods)}."
+        )
 
 
-def _npz_tensor(archive, member):
+def _npz_tensor(path, archive, member):
     name = member.filename.removesuffix(".npy")
-    with archive.open(member) as file:
+    with _as_value_error(path), archive.open(member) as file:
         shape, dtype = _npy_header(file)
         start = file.tell()
     if dtype.hasobject:
-        raise ValueError(f"{name} is pickled, and a pickle can run any code: it is not read")
+        raise ValueError(
+            f"{path}: {name} is pickled, and a pickle can run any code: it is not read."
+        )
     if start + math.prod(shape) * dtype.itemsize != member.file_size:
-        raise ValueError(f"{name} of shape {shape} does not fill its {member.file_size} bytes")
+        raise ValueError(
+            f"{path}: {name} of shape {shape} and type {dtype} does not fill its "
+            f"{member.file_size:,} bytes."
+        )
+    # NumPy stores bfloat16, which it does not know, as two bytes of no type.
+    known = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
 
     def read():
-        with _as_value_error(archive.filename), archive.open(member) as file:
+        _check_floats(path, name, known)
+        with _as_value_error(path), archive.open(member) as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
             file.read()  # to the end, where the checksum is compared
-        # NumPy stores bfloat16, which it does not know, as two bytes of no type.
-        return array.view(ml_dtypes.bfloat16) if dtype.str == "|V2" else array
+        return array.view(known)
 
     return Tensor(name, shape, read)
 
@@ -279,8 +396,6 @@ def _npy_header(file):
     if version not in readers:
         raise ValueError(f"version {version} of the .npy format")
     shape, _, dtype = readers[version](file)
-    if dtype.kind not in "fOV" or (dtype.kind == "V" and dtype.str != "|V2"):
-        raise ValueError(f"a tensor is of type {dtype} rather than of floats")
     return shape, dtype
 
 

@@ -62,7 +62,7 @@ def matches(names):
 
 
 def canonical(checkpoint):
-    """The checkpoint in one spelling: no prefix, blocks apart, layers of a block counted by kind."""
+    """The checkpoint in one spelling: no prefix, blocks apart, layers numbered by kind."""
     names = checkpoint.tensors
     prefix = next(p for p in PREFIXES if f"{p}embedding/kernel" in names)
     # With a prefix, what stands outside it is another thing: optimizer state, a text tower.

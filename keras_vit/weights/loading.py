@@ -172,7 +172,8 @@ def save_checkpoint(model, path, family, *, overwrite=False):
         arrays = _with_positions_of_timm(arrays, arguments)
     tensors = {}
     for name, entry in module.entries(arrays, arguments).items():
-        tensors |= zip(entry.names, map(np.ascontiguousarray, entry.save(arrays[name])))
+        parts = map(np.ascontiguousarray, entry.save(arrays[name]))
+        tensors |= dict(zip(entry.names, parts, strict=True))
     with replacing(path) as temporary:
         write(temporary, tensors, arguments)
 

@@ -1,7 +1,7 @@
 """vit-pytorch's checkpoints: its class `ViT`, by lucidrains.
 
-It is not the paper's model: patches are layer-normalised before and after their projection, queries,
-keys and values have no bias, and the width of a head is free.
+It is not the paper's model: patches are layer-normalised before and after their projection,
+queries, keys and values have no bias, and the width of a head is free.
 
 Source: lucidrains/vit-pytorch `vit_pytorch/vit.py`, release 1.26.
 """

@@ -1,0 +1,731 @@
+"""Checkpoints of every family against the outputs of its own code, and back."""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import randomise
+
+import keras_vit
+from keras_vit.model import vit_arguments
+
+DATA = pathlib.Path(__file__).parent.parent / "data" / "checkpoints"
+NAMES = sorted(folder.name for folder in DATA.iterdir() if folder.is_dir())
+PRETRAINED = pathlib.Path(
+    os.environ.get("KERAS_VIT_PRETRAINED")
+    or pathlib.Path(__file__).parents[3] / "shared" / "pretrained"
+)
+
+
+def weights_file(name):
+    (path,) = DATA.joinpath(name).glob("weights.*")
+    return path
+
+
+@functools.cache
+def meta(name):
+    return json.loads((DATA / name / "meta.json").read_text())
+
+
+@functools.cache
+def outputs(name):
+    with np.load(DATA / name / "io.npz") as file:
+        return dict(file)
+
+
+@functools.cache
+def tensors(name):
+    path = weights_file(name)
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            return dict(file)
+    return safetensors.numpy.load_file(path)
+
+
+def num_heads(name):
+    facts = meta(name)
+    if "num_attention_heads" in facts.get("config", {}):
+        return facts["config"]["num_attention_heads"]
+    return 3
+
+
+def load(name, path=None, **arguments):
+    size = outputs(name)["images"].shape[1:3]
+    arguments = {"num_heads": num_heads(name), "image_size": size, **arguments}
+    return keras_vit.from_checkpoint(path or weights_file(name), normalization=None, **arguments)
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    """Equal to 1e-5 of the largest value."""
+    assert found.shape == expected.shape
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error < tolerance
+
+
+def predict(model, images):
+    return model.predict(images, verbose=0)
+
+
+def tokens_of(model):
+    """The tokens after the last norm, or after the last block if the norm follows the pooling."""
+    layers = {layer.name: layer for layer in model.layers}
+    blocks = [name for name in layers if name.startswith("block_")]
+    last = "encoder_norm" if "encoder_norm" in layers else blocks[-1]
+    return keras.Model(model.input, layers[last].output)
+
+
+def write_npz(path, arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def write_safetensors(path, arrays, **metadata):
+    safetensors.numpy.save_file(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata
+    )
+    return path
+
+
+# Every family
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(name):
+    model = load(name)
+    assert_same(predict(model, outputs(name)["images"]), outputs(name)["logits"])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "tokens" in outputs(name)])
+def test_tokens(name):
+    model = tokens_of(load(name))
+    assert_same(predict(model, outputs(name)["images"]), outputs(name)["tokens"])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if "last_hidden_before_norm" in outputs(name)]
+)
+def test_tokens_before_the_norm(name):
+    model = load(name)
+    model = keras.Model(model.input, model.get_layer("block_2").output)
+    expected = outputs(name)["last_hidden_before_norm"]
+    assert_same(predict(model, outputs(name)["images"]), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_load_weights_into_a_built_model(name):
+    """The same as from_checkpoint, bit for bit, and every weight is replaced."""
+    expected = load(name)
+    model = randomise(keras_vit.build_vit(**vit_arguments(expected)))
+    keras_vit.load_weights(model, weights_file(name))
+    for weight, other in zip(model.weights, expected.weights, strict=True):
+        if "seed_generator" not in weight.path:
+            np.testing.assert_array_equal(
+                keras.ops.convert_to_numpy(weight), keras.ops.convert_to_numpy(other), weight.path
+            )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_and_a_new_head(name):
+    features = load(name, num_classes=0)
+    assert "head" not in {layer.name for layer in features.layers}
+    width = 48 if "dinov2" in name else 24
+    assert features.output_shape == (None, width)
+    model = load(name, num_classes=5)
+    np.testing.assert_array_equal(predict(model, outputs(name)["images"]), np.zeros((2, 5)))
+    inputs = model.get_layer("head").input
+    if not isinstance(inputs, list) and "deit" not in name:
+        same = predict(keras.Model(model.input, inputs), outputs(name)["images"])
+        np.testing.assert_array_equal(same, predict(features, outputs(name)["images"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("google_vit_token", {"pooling": "token", "gelu": "tanh", "layer_norm_epsilon": 1e-6}),
+        ("google_vit_gap", {"pooling": "gap", "class_token": False}),
+        ("google_vit_prelogits", {"representation_size": 24}),
+        ("google_vit_hybrid", {"image_size": (64, 64)}),
+        ("bigvision_gap_sincos", {"position": "sincos2d", "representation_size": 24}),
+        ("bigvision_map", {"pooling": "map", "class_token": False}),
+        ("bigvision_tok", {"pooling": "token", "class_token": True}),
+        ("timm_token", {"pooling": "token", "gelu": "erf", "layer_norm_epsilon": 1e-6}),
+        ("timm_avg_fcnorm", {"pooling": "gap", "norm_after_pooling": True, "class_token": True}),
+        ("timm_deit_distilled", {"distillation_token": True}),
+        ("timm_qknorm", {"qk_norm": True}),
+        ("timm_reg4_gap_ls", {"num_registers": 4, "class_token": False}),
+        ("hf_vit", {"layer_norm_epsilon": 1e-12, "gelu": "erf"}),
+        ("hf_deit_distilled", {"distillation_token": True, "layer_norm_epsilon": 1e-12}),
+        ("hf_dinov2", {"pooling": "token+gap", "layer_norm_epsilon": 1e-6}),
+        ("hf_dinov2_registers", {"num_registers": 4}),
+        ("lucidrains_vit_cls", {"patch_norm": True, "qkv_bias": False}),
+        ("lucidrains_vit_mean", {"pooling": "mean", "class_token": False}),
+    ],
+)
+def test_recognised_architecture(name, expected):
+    """What the file says, without a hint of its size but the number of heads."""
+    found = vit_arguments(load(name, image_size=None if "sincos" not in name else 32))
+    assert {key: found[key] for key in expected} == expected
+    sizes = (3, 48 if "lucidrains" in name else 96, 3, 7, 3)
+    config = found["variant"]
+    assert sizes == (
+        config.depth,
+        config.mlp_dim,
+        config.num_heads,
+        found["num_classes"],
+        found["channels"],
+    )
+    assert config.patch_size == (1 if "hybrid" in name else 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("google_vit_token", 1 / 127.5),
+        ("bigvision_map", 1 / 127.5),
+        ("timm_token", 1 / 127.5),
+        ("timm_deit_distilled", 1 / (255 * 0.229)),
+        ("hf_vit", 1 / 127.5),
+        ("hf_dinov2", 1 / (255 * 0.229)),
+        ("lucidrains_vit_cls", None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*does not say its normalization")
+def test_normalisation_of_the_family(name, scale):
+    model = keras_vit.from_checkpoint(weights_file(name), num_heads=3)
+    layers = {layer.name: layer for layer in model.layers}
+    found = layers["normalization"].scale[0] if "normalization" in layers else None
+    assert found == pytest.approx(scale)
+
+
+def test_what_is_assumed_is_said():
+    path = weights_file("timm_token")
+    with pytest.warns(UserWarning, match=r"does not say its normalization.*'minus_one_one'"):
+        keras_vit.from_checkpoint(path, num_heads=3)
+    with pytest.warns(UserWarning, match=r"does not say its num_heads: took num_heads=3"):
+        keras_vit.from_checkpoint(weights_file("lucidrains_vit_cls"))
+
+
+@pytest.mark.parametrize("name", ["timm_token", "hf_vit", "lucidrains_vit_headdim"])
+def test_unknown_head_count_is_asked_for(name):
+    with pytest.raises(ValueError, match=r"weights.safetensors: .*heads.*pass `num_heads`"):
+        keras_vit.from_checkpoint(weights_file(name))
+
+
+def test_non_square_positions_ask_for_the_image_size():
+    path = weights_file("timm_nonsquare_ls")
+    with pytest.raises(ValueError, match=r"19 positions are of no square grid.*image_size=None"):
+        keras_vit.from_checkpoint(path, num_heads=3)
+    with pytest.raises(ValueError, match=r"no square grid.*image_size=\(24, 24\)"):
+        keras_vit.from_checkpoint(path, num_heads=3, image_size=(24, 24))
+
+
+# Other spellings of the same weights: the logits stay.
+
+
+def google_prefixed(prefix):
+    def change(arrays):
+        extra = {"opt/state/step": np.ones(1, "float32"), "txt/head/bias": np.ones(3, "float32")}
+        return {**{f"{prefix}{name}": a for name, a in arrays.items()}, **extra}
+
+    return change
+
+
+def google_pre_linen(arrays):
+    """The numbers that vision_transformer's published files have."""
+    renames = (
+        ("LayerNorm_1", "LayerNorm_2"),
+        ("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1"),
+        ("MlpBlock_0", "MlpBlock_3"),
+    )
+    for old, new in renames:
+        arrays = {name.replace(f"/{old}/", f"/{new}/"): a for name, a in arrays.items()}
+    return arrays
+
+
+def old_group_norm(arrays):
+    return {
+        name: a.reshape(1, 1, 1, -1) if "/gn" in f"/{name}" else a
+        for name, a in arrays.items()
+    }
+
+
+def old_huggingface(arrays):
+    """The names before transformers 5."""
+    renames = (
+        (".layers.", ".encoder.layer."),
+        (".q_proj.", ".attention.query."),
+        (".k_proj.", ".attention.key."),
+        (".v_proj.", ".attention.value."),
+        (".o_proj.", ".output.dense."),
+    )
+    for old, new in renames:
+        arrays = {name.replace(old, new): a for name, a in arrays.items()}
+    return arrays
+
+
+def old_huggingface_mlp(arrays):
+    return {
+        name.replace(".mlp.fc1.", ".intermediate.dense.").replace(".mlp.fc2.", ".output.dense."): a
+        for name, a in old_huggingface(arrays).items()
+    }
+
+
+def without_prefix(arrays):
+    extra = {"pooler.dense.weight": np.ones((24, 24), "f4"), "pooler.dense.bias": np.ones(24, "f4")}
+    return {**{name.removeprefix("vit."): a for name, a in arrays.items()}, **extra}
+
+
+def deit_iii(arrays):
+    return {
+        name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): a
+        for name, a in arrays.items()
+    }
+
+
+def dinov2_original(arrays):
+    renamed = {name.replace("reg_token", "register_tokens"): a for name, a in arrays.items()}
+    return {**renamed, "mask_token": np.ones((1, 24), "float32")}
+
+
+def positions_of_registers(arrays):
+    """timm without `no_embed_class`: registers have positions too."""
+    places = np.random.default_rng(0).normal(size=(1, 4, 24)).astype("float32")
+    return {
+        **arrays,
+        "reg_token": arrays["reg_token"] - places,
+        "pos_embed": np.concatenate([places, arrays["pos_embed"]], axis=1),
+    }
+
+
+def no_class_position(arrays):
+    """timm's `no_embed_class`: the class token has taken its position into itself."""
+    table = arrays["pos_embed"]
+    return {
+        **arrays,
+        "cls_token": arrays["cls_token"] + table[:, :1],
+        "pos_embed": table[:, 1:],
+    }
+
+
+def old_lucidrains(arrays):
+    return {
+        **arrays,
+        "cls_token": arrays["cls_token"][None],
+        "pos_embedding": arrays["pos_embedding"][None],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("google_vit_token", google_prefixed("opt/target/")),
+        ("google_vit_token", google_prefixed("params/")),
+        ("bigvision_map", google_prefixed("params/img/")),
+        ("google_vit_prelogits", google_pre_linen),
+        ("google_vit_hybrid", old_group_norm),
+        ("hf_vit", old_huggingface_mlp),
+        ("hf_vit", without_prefix),
+        ("hf_deit_distilled", old_huggingface_mlp),
+        ("hf_dinov2", old_huggingface),
+        ("timm_nonsquare_ls", deit_iii),
+        ("timm_reg4_gap_ls", dinov2_original),
+        ("timm_reg4_gap_ls", positions_of_registers),
+        ("timm_token", no_class_position),
+        ("lucidrains_vit_cls", old_lucidrains),
+    ],
+)
+def test_other_spellings(name, change, tmp_path):
+    arrays = change(tensors(name))
+    write = write_npz if weights_file(name).suffix == ".npz" else write_safetensors
+    path = write(tmp_path / weights_file(name).name, arrays)
+    images, logits = outputs(name)["images"], outputs(name)["logits"]
+    assert_same(predict(load(name, path), images), logits)
+
+
+def test_deit_with_one_head_uses_the_class_token_alone(tmp_path):
+    """DeiTForImageClassification: the distillation token is there, and its head is not."""
+    name = "hf_deit_distilled"
+    arrays = {
+        key.replace("cls_classifier", "classifier"): array
+        for key, array in tensors(name).items()
+        if "distillation_classifier" not in key
+    }
+    model = load(name, write_safetensors(tmp_path / "weights.safetensors", arrays))
+    both = load(name)
+    expected = keras.Model(both.input, both.get_layer("head").output)
+    images = outputs(name)["images"]
+    assert_same(predict(model, images), predict(expected, images), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["bigvision_tok", "google_vit_token"])
+def test_bfloat16_in_two_bytes_of_no_type(name, tmp_path):
+    """NumPy saves bfloat16 as |V2."""
+    arrays = {key: a.astype(ml_dtypes.bfloat16) for key, a in tensors(name).items()}
+    path = write_npz(tmp_path / "half.npz", arrays)
+    with np.load(path) as file:
+        assert file["cls"].dtype.str == "|V2"
+    rounded = {key: a.astype("float32") for key, a in arrays.items()}
+    expected = load(name, write_npz(tmp_path / "rounded.npz", rounded))
+    images = outputs(name)["images"]
+    found = predict(load(name, path), images)
+    np.testing.assert_array_equal(found, predict(expected, images))
+    assert np.abs(found - outputs(name)["logits"]).max() > 1e-4  # it was rounded indeed
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float64"])
+def test_dtypes_of_safetensors(dtype, tmp_path):
+    name = "timm_token"
+    arrays = {key: a.astype(dtype) for key, a in tensors(name).items()}
+    model = load(name, write_safetensors(tmp_path / "other.safetensors", arrays))
+    kernel = keras.ops.convert_to_numpy(model.get_layer("head").kernel)
+    np.testing.assert_array_equal(kernel, arrays["head.weight"].astype("float32").T)
+
+
+def test_scan_stacks_in_a_model_of_the_same_weights(tmp_path):
+    """Stacked blocks are the blocks: unstacked by hand, the file gives the same model."""
+    name = "bigvision_scan"
+    apart = {}
+    for key, array in tensors(name).items():
+        if "/encoderblock/" in key:
+            for i, part in enumerate(array):
+                apart[key.replace("/encoderblock/", f"/encoderblock_{i}/")] = part
+        else:
+            apart[key] = array
+    other = load(name, write_npz(tmp_path / "apart.npz", apart))
+    images = outputs(name)["images"]
+    np.testing.assert_array_equal(predict(load(name), images), predict(other, images))
+
+
+# What stands beside the file
+
+
+def folder_with(tmp_path, name, **files):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(weights_file(name), folder / f"model{weights_file(name).suffix}")
+    for file, content in files.items():
+        (folder / f"{file}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_config_of_huggingface(tmp_path):
+    config = {
+        "model_type": "vit",
+        "num_attention_heads": 6,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu_pytorch_tanh",
+        "image_size": 32,
+    }
+    preprocessor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    folder = folder_with(tmp_path, "hf_vit", config=config, preprocessor_config=preprocessor)
+    found = vit_arguments(keras_vit.from_checkpoint(folder))
+    assert found["variant"].num_heads == 6
+    assert found["layer_norm_epsilon"] == 1e-5
+    assert found["gelu"] == "tanh"
+    assert found["normalization"] == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+def test_config_with_another_activation(tmp_path):
+    folder = folder_with(tmp_path, "hf_vit", config={"hidden_act": "relu"})
+    with pytest.raises(ValueError, match=r"model.safetensors: .*activation.*hidden_act='relu'"):
+        keras_vit.from_checkpoint(folder, num_heads=3)
+
+
+def test_config_of_timm(tmp_path, recwarn):
+    """The hub's config.json tells the grid of non-square positions, and the pixels."""
+    pretrained = {
+        "input_size": [3, 24, 48],
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    config = {"global_pool": "avg", "pretrained_cfg": pretrained, "model_args": {"num_heads": 6}}
+    folder = folder_with(tmp_path, "timm_nonsquare_ls", config=config)
+    found = vit_arguments(keras_vit.from_checkpoint(folder))
+    assert found["image_size"] == (24, 48)
+    assert found["variant"].num_heads == 6
+    assert found["pooling"] == "gap"
+    assert found["normalization"] == (pretrained["mean"], pretrained["std"])
+    assert not recwarn.list
+
+
+def test_heads_of_the_table(tmp_path):
+    """A file of a published width needs no hint: its heads are its variant's."""
+    config = keras_vit.ViTConfig(192, 1, 3, 32, 8)
+    model = randomise(keras_vit.build_vit(config, image_size=16, num_classes=2))
+    keras_vit.save_checkpoint(model, tmp_path / "ti.safetensors", "timm")
+    arrays = safetensors.numpy.load_file(tmp_path / "ti.safetensors")
+    path = write_safetensors(tmp_path / "bare.safetensors", arrays)
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype("float32")
+    found = keras_vit.from_checkpoint(path, normalization=None)
+    np.testing.assert_array_equal(predict(found, images), predict(model, images))
+
+
+# Another resolution
+
+
+@pytest.mark.parametrize(
+    ("name", "interpolation"),
+    [
+        ("google_vit_token", "linear"),
+        ("bigvision_map", "linear"),
+        ("timm_token", "antialiased_bicubic"),
+        ("hf_dinov2", "bicubic"),
+    ],
+)
+def test_positions_are_resized_as_the_family_does(name, interpolation):
+    """By default as the family's code; by resize_model or at loading; and to a non-square grid."""
+    images = np.random.default_rng(2).normal(size=(2, 24, 40, 3)).astype("float32")
+    original = load(name)
+    found = predict(load(name, image_size=(24, 40)), images)
+    for way in ("linear", "antialiased_bicubic", "bicubic"):
+        resized = keras_vit.resize_model(original, (24, 40), interpolation=way)
+        asked = load(name, image_size=(24, 40), interpolation=way)
+        same = predict(resized, images)
+        np.testing.assert_array_equal(predict(asked, images), same)
+        assert np.array_equal(found, same) == (way == interpolation)
+
+
+# Saving
+
+
+def saved(name, path, family):
+    """The tensors that a file's model is saved as, and the model."""
+    model = load(name)
+    keras_vit.save_checkpoint(model, path, family)
+    if family == "google":
+        with np.load(path) as file:
+            return model, dict(file)
+    return model, safetensors.numpy.load_file(path)
+
+
+GOOGLE = [name for name in NAMES if name.startswith(("google", "bigvision"))]
+TIMM = [name for name in NAMES if name.startswith("timm")]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [(name, "google") for name in GOOGLE] + [(name, "timm") for name in TIMM]
+)
+def test_round_trip(name, family, tmp_path):
+    """A file, loaded and saved, has the file's names and bits; loaded again, the same logits."""
+    path = tmp_path / f"saved{'.npz' if family == 'google' else '.safetensors'}"
+    model, arrays = saved(name, path, family)
+    expected = tensors(name)
+    if name.startswith("bigvision"):  # positions stand in another place there
+        expected = as_vision_transformer(expected)
+    assert set(arrays) == set(expected)
+    for key, array in arrays.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, expected[key].astype("float32"), key)
+    images = outputs(name)["images"]
+    again = load(name, path)
+    np.testing.assert_array_equal(predict(again, images), predict(model, images))
+
+
+def as_vision_transformer(arrays):
+    """big_vision's arrays under the names of vision_transformer."""
+    renamed = {}
+    for key, array in arrays.items():
+        if key == "pos_embedding":
+            if "cls" in arrays:  # its class token has no position: vision_transformer's has, 0
+                array = np.concatenate([np.zeros((1, 1, 24), "float32"), array], axis=1)
+            renamed["Transformer/posembed_input/pos_embedding"] = array
+        elif "/encoderblock/" in key:
+            for i, part in enumerate(array):
+                renamed[key.replace("/encoderblock/", f"/encoderblock_{i}/")] = part
+        else:
+            renamed[key] = array
+    return renamed
+
+
+CONFIG = keras_vit.ViTConfig(hidden_dim=24, depth=2, num_heads=3, mlp_dim=40, patch_size=4)
+HYBRID = keras_vit.ViTConfig(24, 1, 3, 40, 1, stem_units=(1, 2), stem_width=32)
+TANH = {"gelu": "tanh"}
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "family"),
+    [
+        (CONFIG, TANH, "google"),
+        (CONFIG, {**TANH, "pooling": "gap", "class_token": False}, "google"),
+        (CONFIG, {**TANH, "pooling": "map", "position": "sincos2d"}, "google"),
+        (CONFIG, {**TANH, "representation_size": 11}, "google"),
+        (CONFIG, {**TANH, "num_classes": 0}, "google"),
+        (CONFIG, {**TANH, "channels": 5}, "google"),
+        (HYBRID, TANH, "google"),
+        (CONFIG, {}, "timm"),
+        (CONFIG, {"normalization": "imagenet"}, "timm"),
+        (CONFIG, {"gelu": "tanh", "layer_norm_epsilon": 1e-5}, "timm"),
+        (CONFIG, {"num_registers": 3}, "timm"),
+        (CONFIG, {"distillation_token": True, "num_registers": 2}, "timm"),
+        (CONFIG, {"pooling": "gap", "norm_after_pooling": True}, "timm"),
+        (CONFIG, {"pooling": "gap", "class_token": False}, "timm"),
+        (CONFIG, {"pooling": "map", "class_token": False, "qk_norm": True}, "timm"),
+        (CONFIG, {"layer_scale": 0.1, "qkv_bias": False, "channels": 1}, "timm"),
+        (CONFIG, {"num_classes": 0}, "timm"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_our_models_survive(config, arguments, family, tmp_path):
+    """What we train, saved and loaded by nothing but the file, gives the same logits."""
+    size = 32 if config is HYBRID or family == "google" else (8, 20)
+    model = randomise(
+        keras_vit.build_vit(config, image_size=size, **{"num_classes": 7, **arguments})
+    )
+    path = tmp_path / f"vit{'.npz' if family == 'google' else '.safetensors'}"
+    keras_vit.save_checkpoint(model, path, family)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    overrides = {"normalization": None, "image_size": size} if family == "google" else {}
+    again = keras_vit.from_checkpoint(path, **overrides)
+    images = np.random.default_rng(0).uniform(0, 255, (3, *model.input_shape[1:]))
+    images = images.astype("float32")
+    np.testing.assert_array_equal(predict(again, images), predict(model, images))
+
+
+def test_positions_of_sincos_become_timms_learned_ones(tmp_path):
+    model = randomise(
+        keras_vit.build_vit(CONFIG, image_size=(8, 20), num_classes=7, position="sincos2d")
+    )
+    keras_vit.save_checkpoint(model, tmp_path / "vit.safetensors", "timm")
+    again = keras_vit.from_checkpoint(tmp_path / "vit.safetensors")
+    images = np.random.default_rng(0).normal(size=(3, 8, 20, 3)).astype("float32")
+    assert_same(predict(again, images), predict(model, images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "family", "match"),
+    [
+        ({}, "google", r"'google' has no place.*gelu='erf' \(expected 'tanh'\)"),
+        ({**TANH, "layer_norm_epsilon": 1e-5}, "google", r"layer_norm_epsilon=1e-05"),
+        ({**TANH, "layer_scale": 0.1}, "google", r"block_0/layer_scale1/gamma"),
+        ({**TANH, "qkv_bias": False}, "google", r"qkv_bias=False"),
+        ({**TANH, "pooling": "mean"}, "google", r"pooling='mean' \(expected token or gap or map\)"),
+        ({**TANH, "num_registers": 2}, "google", r"patch_encoder/registers"),
+        ({**TANH, "norm_after_pooling": True}, "google", r"pooled_norm/beta, pooled_norm/gamma"),
+        ({"patch_norm": True}, "timm", r"'timm' has no place.*patch_norm=True"),
+        ({"pooling": "token+gap"}, "timm", r"pooling='token\+gap'"),
+        ({"representation_size": 5}, "timm", r"pre_logits/bias, pre_logits/kernel"),
+    ],
+)
+def test_what_a_family_cannot_hold(arguments, family, match, tmp_path):
+    model = keras_vit.build_vit(CONFIG, image_size=8, num_classes=7, **arguments)
+    path = tmp_path / f"vit{'.npz' if family == 'google' else '.safetensors'}"
+    with pytest.raises(ValueError, match=match):
+        keras_vit.save_checkpoint(model, path, family)
+    assert not path.exists()
+
+
+def test_free_head_width_cannot_be_saved(tmp_path):
+    config = keras_vit.ViTConfig(24, 1, 3, 40, 4, head_dim=5)
+    model = keras_vit.build_vit(config, image_size=8)
+    with pytest.raises(ValueError, match=r"no place.*head_dim=5 \(expected None\)"):
+        keras_vit.save_checkpoint(model, tmp_path / "vit.safetensors", "timm")
+
+
+def test_saving_errors(tmp_path):
+    model = keras_vit.build_vit(CONFIG, image_size=8, num_classes=7)
+    with pytest.raises(ValueError, match=r"must be 'google' or 'timm'.*family='torch'"):
+        keras_vit.save_checkpoint(model, tmp_path / "vit.pt", "torch")
+    with pytest.raises(ValueError, match=r"timm checkpoint must end in .safetensors.*vit.npz"):
+        keras_vit.save_checkpoint(model, tmp_path / "vit.npz", "timm")
+    path = tmp_path / "vit.safetensors"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"vit.safetensors exists already: pass overwrite=True"):
+        keras_vit.save_checkpoint(model, path, "timm")
+    assert path.read_text() == "mine"
+    keras_vit.save_checkpoint(model, path, "timm", overwrite=True)
+    assert keras_vit.from_checkpoint(path).output_shape == (None, 7)
+
+
+# A model that does not fit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"layer_scale": 0.1}, r"missing \(6\): blocks.0.ls1.gamma, blocks.0.ls2.gamma"),
+        ({"class_token": False, "pooling": "gap"}, r"unexpected \(1\): cls_token"),
+        ({"channels": 4}, r"patch_embed.proj.weight \(24, 3, 8, 8\), expected \(24, 4, 8, 8\)"),
+        ({"norm_after_pooling": True}, r"missing \(2\): fc_norm.weight, fc_norm.bias\n.*norm.bias"),
+        ({"patch_norm": True}, r"missing \(4\): patch_encoder/patch_norm/gamma"),
+    ],
+)
+def test_load_weights_names_what_does_not_fit(arguments, match):
+    base = {"variant": keras_vit.ViTConfig(24, 3, 3, 96, 8), "image_size": 32, "num_classes": 7}
+    model = randomise(keras_vit.build_vit(**base, **arguments))
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=rf"(?s)weights.safetensors: .*timm.*{match}"):
+        keras_vit.load_weights(model, weights_file("timm_token"))
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_load_weights_keeps_the_head_of_other_classes():
+    config = keras_vit.ViTConfig(24, 3, 3, 96, 8)
+    model = randomise(keras_vit.build_vit(config, image_size=32, num_classes=5))
+    head = keras.ops.convert_to_numpy(model.get_layer("head").kernel)
+    keras_vit.load_weights(model, weights_file("timm_token"))
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.get_layer("head").kernel), head)
+    features = keras.Model(model.input, model.get_layer("head").input)
+    expected = load("timm_token", num_classes=0)
+    images = outputs("timm_token")["images"]
+    np.testing.assert_array_equal(predict(features, images), predict(expected, images))
+
+
+def test_load_weights_warns_of_another_gelu():
+    config = keras_vit.ViTConfig(24, 3, 3, 96, 8)
+    model = keras_vit.build_vit(config, image_size=32, num_classes=7)
+    with pytest.warns(UserWarning, match=r"made with gelu='tanh'.*has gelu='erf'"):
+        keras_vit.load_weights(model, weights_file("google_vit_token"))
+    model = keras_vit.build_vit(config, image_size=32, num_classes=7, layer_norm_epsilon=1e-3)
+    with pytest.warns(UserWarning, match=r"made with layer_norm_epsilon=1e-06"):
+        keras_vit.load_weights(model, weights_file("timm_token"))
+
+
+def test_heads_that_the_file_knows_must_be_the_models():
+    model = keras_vit.build_vit(
+        keras_vit.ViTConfig(24, 3, 6, 96, 8), image_size=32, num_classes=7, gelu="tanh"
+    )
+    with pytest.raises(ValueError, match=r"query/kernel \(24, 3, 8\), expected \(24, 6, 4\)"):
+        keras_vit.load_weights(model, weights_file("google_vit_token"))
+
+
+def test_no_known_family(tmp_path):
+    path = write_safetensors(tmp_path / "resnet.safetensors", {"conv1.weight": np.ones((2, 3))})
+    match = r"resnet.safetensors: .*no known family \(google, timm, huggingface, lucidrains\)"
+    with pytest.raises(ValueError, match=rf"{match}.*conv1.weight"):
+        keras_vit.from_checkpoint(path)
+
+
+def test_unknown_override():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'depth'"):
+        keras_vit.from_checkpoint(weights_file("timm_token"), num_heads=3, depth=2)
+
+
+# The real thing
+
+
+@pytest.mark.skipif(
+    not PRETRAINED.is_dir(), reason="no pretrained DINOv2: set KERAS_VIT_PRETRAINED to its folder"
+)
+@pytest.mark.parametrize("size", [224, 98])
+@pytest.mark.parametrize("way", ["at loading", "afterwards"])
+def test_dinov2_at_other_resolutions(size, way):
+    """timm 1.0.31's tokens of two photographs, with positions resized from 37 x 37."""
+    path = PRETRAINED / "dinov2_vits14.safetensors"
+    if way == "at loading":
+        model = keras_vit.from_checkpoint(path, image_size=size, normalization=None)
+    else:
+        model = keras_vit.from_checkpoint(path, normalization=None)
+        assert model.input_shape == (None, 518, 518, 3)
+        model = keras_vit.resize_model(model, size)
+    with np.load(PRETRAINED / "io.npz") as file:
+        images, tokens = file[f"images_{size}"], file[f"tokens_{size}"]
+    assert_same(predict(tokens_of(model), images), tokens, 2e-5)
