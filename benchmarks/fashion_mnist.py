@@ -38,9 +38,12 @@ def read_idx(path):
     return np.frombuffer(data, "uint8", offset=4 + 4 * data[3]).reshape(shape)
 
 
-def write_split(source, name, folder):
+def write_split(source, name, folder, per_class):
     images = read_idx(source / f"{name}-images-idx3-ubyte.gz")
     labels = read_idx(source / f"{name}-labels-idx1-ubyte.gz")
+    if per_class is not None:
+        first = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(10)])
+        images, labels = images[first], labels[first]
     for class_name in CLASSES:
         (folder / class_name).mkdir(parents=True)
     for index, (image, label) in enumerate(
@@ -55,13 +58,14 @@ def main():
     )
     parser.add_argument("out", type=pathlib.Path, help="Folder to make.")
     parser.add_argument("--source", type=pathlib.Path, default=SOURCE, help="The IDX files.")
+    parser.add_argument("--per-class", type=int, help="Images of each class and split, at most.")
     arguments = parser.parse_args()
     if not arguments.source.is_dir():
         parser.error(f"{arguments.source} is missing: apt-get install dataset-fashion-mnist")
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists already.")
-    write_split(arguments.source, "train", arguments.out / "train")
-    write_split(arguments.source, "t10k", arguments.out / "test")
+    write_split(arguments.source, "train", arguments.out / "train", arguments.per_class)
+    write_split(arguments.source, "t10k", arguments.out / "test", arguments.per_class)
 
 
 if __name__ == "__main__":

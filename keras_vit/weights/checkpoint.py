@@ -23,6 +23,7 @@ import safetensors
 # Weights hardly compress; an archive that grows more than this is no checkpoint.
 MAX_EXPANSION = 20
 MAX_TENSORS = 20_000  # eight times those of the largest ViT with its optimizer's state
+MAX_DEPTH = 1_000  # the deepest have 50 blocks
 CONVERT = (
     "Convert it where PyTorch is installed: "
     "`safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')`."
@@ -60,23 +61,31 @@ class Checkpoint:
     config: dict
 
     def error(self, message):
-        """A ValueError that names the file."""
-        return ValueError(f"{self.path}: {message}")
+        """A ValueError that names the file, once."""
+        start = f"{self.path}: "
+        return ValueError(start + str(message).removeprefix(start))
 
-    def shape(self, name, rank=None):
-        """The shape of a tensor; ValueError if it is missing or of another rank."""
+    def shape(self, name, rank=1):
+        """The shape of a tensor; ValueError if it is missing, empty or of another rank."""
         if name not in self.tensors:
             raise self.error(f"the tensor {name!r} is missing.")
         shape = self.tensors[name].shape
-        if rank is not None and len(shape) != rank:
-            raise self.error(f"{name} must have {rank} axes. Received: shape {shape}.")
+        if len(shape) != rank or 0 in shape:
+            raise self.error(
+                f"{name} must have {rank} axes, none of them empty. Received: shape {shape}."
+            )
         return shape
 
-    def count(self, pattern):
-        """How many i, from 0 on and without a gap, `pattern` has a tensor for."""
+    def count(self, pattern, first=0):
+        """How many i, from `first` on and without a gap, `pattern` has a tensor for.
+
+        ValueError if that is more than a model has: it would take forever to build.
+        """
         count = 0
-        while pattern.format(i=count) in self.tensors:
+        while pattern.format(i=first + count) in self.tensors:
             count += 1
+        if count > MAX_DEPTH:
+            raise self.error(f"a model has at most {MAX_DEPTH:,} blocks. Received: {count:,}.")
         return count
 
     def renamed(self, rename):
@@ -196,7 +205,7 @@ def _checked_object(path, value):
 
 
 def _is_count(value):
-    return type(value) is int and 0 < value < 2**31
+    return type(value) is int and 0 < value <= 10_000
 
 
 def _is_number(value):
@@ -209,13 +218,13 @@ def _is_list(value, of, lengths=range(1, 100)):
 
 # The facts that the families use, wherever they stand in a configuration, and what they must be.
 FACTS = (
-    ("num_heads num_attention_heads", "a positive int", _is_count),
+    ("num_heads num_attention_heads", "an int from 1 to 10,000", _is_count),
     (
         "image_size",
-        "a positive int or two",
+        "an int from 1 to 10,000 or two",
         lambda value: _is_count(value) or _is_list(value, _is_count, (2,)),
     ),
-    ("input_size", "three positive ints", lambda value: _is_list(value, _is_count, (3,))),
+    ("input_size", "three ints from 1 to 10,000", lambda value: _is_list(value, _is_count, (3,))),
     ("layer_norm_eps layer_norm_epsilon", "a number from 0 on", _is_number),
     ("hidden_act gelu global_pool", "a string", lambda value: isinstance(value, str)),
     (
@@ -260,32 +269,37 @@ def _check_floats(path, name, dtype):
         raise ValueError(f"{path}: {name} is of type {dtype} rather than of floats.")
 
 
-def _check_count(path, count):
-    if count > MAX_TENSORS:
+def _check_names(path, names):
+    """ValueError for too many names, one that is there twice, and what no tensor is called."""
+    if len(names) > MAX_TENSORS:
         raise ValueError(
-            f"{path}: a checkpoint must hold at most {MAX_TENSORS:,} tensors. Received: {count:,}."
+            f"{path}: a checkpoint must hold at most {MAX_TENSORS:,} tensors. "
+            f"Received: {len(names):,}."
         )
+    for name, count in collections.Counter(names).items():
+        if not name.isprintable() or len(name) > 200:
+            raise ValueError(f"{path}: a tensor cannot be named {reprlib.repr(name)}.")
+        if count > 1:
+            raise ValueError(f"{path}: the file holds {name} more than once.")
 
 
 def _open_safetensors(path):
     """The tensors of one file, and the facts that `save_checkpoint` put into its metadata."""
-    with _as_value_error(path):
-        file = safetensors.safe_open(path, framework="numpy")
-        names = file.keys()
+    with _as_value_error(path), safetensors.safe_open(path, framework="numpy") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         facts = json.loads((file.metadata() or {}).get("keras_vit", "{}"))
-    _check_count(path, len(names))
-    with _as_value_error(path):
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
     def reader(name):
         def read():
-            with _as_value_error(path):
+            # Opened anew for each: an open file keeps all that was read of it in memory.
+            with _as_value_error(path), safetensors.safe_open(path, framework="numpy") as file:
                 array = file.get_tensor(name)
             _check_floats(path, name, array.dtype)
             return array
 
         return read
 
+    _check_names(path, list(shapes))
     for name, shape in shapes.items():
         _check_shape(path, name, shape, most=path.stat().st_size)
     tensors = {name: Tensor(name, shape, reader(name)) for name, shape in shapes.items()}
@@ -300,6 +314,7 @@ def _open_shards(path):
             f"{path}: `weight_map` must be an object of tensors and their files. "
             f"Received: weight_map={reprlib.repr(weight_map)}."
         )
+    _check_names(path, list(weight_map))
     shards, facts = {}, {}
     for name in sorted(set(map(str, weight_map.values()))):
         if pathlib.PurePath(name).name != name or not (path.parent / name).is_file():
@@ -326,9 +341,9 @@ def _open_npz(path):
 
 
 def _check_members(path, members):
-    """ValueError unless they are .npy files, each once, stored as NumPy stores them."""
+    """ValueError unless they are .npy files."""
     names = [member.filename for member in members]
-    _check_count(path, len(names))
+    _check_names(path, names)
     if any(name.endswith("data.pkl") for name in names):
         raise ValueError(
             f"{path}: the file is PyTorch's, whose pickle can run any code: it is not read. "
@@ -338,9 +353,6 @@ def _check_members(path, members):
         raise ValueError(f"{path}: the file is a Keras model: use keras.saving.load_model.")
     if others := [name for name in names if not name.endswith(".npy")]:
         raise ValueError(f"{path}: the archive must hold .npy files. Received: {listed(others)}.")
-    if len(set(names)) < len(names):
-        twice = [name for name, count in collections.Counter(names).items() if count > 1]
-        raise ValueError(f"{path}: the archive holds {listed(twice)} more than once.")
 
 
 def _check_expansion(path, members):

@@ -97,25 +97,22 @@ def write_safetensors(path, arrays, **metadata):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits(name):
+def test_outputs(name):
+    """Logits, and where they are given the tokens after and before the last norm."""
     model = load(name)
-    assert_same(predict(model, outputs(name)["images"]), outputs(name)["logits"])
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if "tokens" in outputs(name)])
-def test_tokens(name):
-    model = tokens_of(load(name))
-    assert_same(predict(model, outputs(name)["images"]), outputs(name)["tokens"])
-
-
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if "last_hidden_before_norm" in outputs(name)]
-)
-def test_tokens_before_the_norm(name):
-    model = load(name)
-    model = keras.Model(model.input, model.get_layer("block_2").output)
-    expected = outputs(name)["last_hidden_before_norm"]
-    assert_same(predict(model, outputs(name)["images"]), expected)
+    # Where the norm follows the pooling, there is none before: both are the last block's.
+    layers = {layer.name: layer for layer in model.layers}
+    last = layers["block_2"].output
+    outputs_of = {
+        "logits": model.output,
+        "tokens": layers["encoder_norm"].output if "encoder_norm" in layers else last,
+        "last_hidden_before_norm": last,
+    }
+    expected = {key: value for key, value in outputs(name).items() if key != "images"}
+    model = keras.Model(model.input, {key: outputs_of[key] for key in expected})
+    found = predict(model, outputs(name)["images"])
+    for key in expected:
+        assert_same(found[key], expected[key])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,18 +128,36 @@ def test_load_weights_into_a_built_model(name):
             )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_features_and_a_new_head(name):
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("google_vit_prelogits", 24),
+        ("bigvision_map", 24),
+        ("timm_avg_fcnorm", 24),
+        ("hf_dinov2_registers", 48),
+        ("lucidrains_vit_mean", 24),
+    ],
+)
+def test_features_and_a_new_head(name, width):
+    """Without a head, what the file's head (and pre_logits) takes; a new head is of zeros."""
     features = load(name, num_classes=0)
-    assert "head" not in {layer.name for layer in features.layers}
-    width = 48 if "dinov2" in name else 24
     assert features.output_shape == (None, width)
+    original = load(name)
+    layers = {layer.name: layer for layer in original.layers}
+    inputs = layers["pre_logits" if "pre_logits" in layers else "head"].input
+    images = outputs(name)["images"]
+    expected = predict(keras.Model(original.input, inputs), images)
+    np.testing.assert_array_equal(predict(features, images), expected)
     model = load(name, num_classes=5)
-    np.testing.assert_array_equal(predict(model, outputs(name)["images"]), np.zeros((2, 5)))
-    inputs = model.get_layer("head").input
-    if not isinstance(inputs, list) and "deit" not in name:
-        same = predict(keras.Model(model.input, inputs), outputs(name)["images"])
-        np.testing.assert_array_equal(same, predict(features, outputs(name)["images"]))
+    assert "pre_logits" not in {layer.name for layer in model.layers}
+    np.testing.assert_array_equal(predict(model, images), np.zeros((2, 5)))
+
+
+def test_features_of_a_distilled_model():
+    """The mean of both tokens, as timm gives them."""
+    features = load("timm_deit_distilled", num_classes=0)
+    images, tokens = (outputs("timm_deit_distilled")[key] for key in ("images", "tokens"))
+    assert_same(predict(features, images), tokens[:, :2].mean(axis=1))
 
 
 @pytest.mark.parametrize(
@@ -251,8 +266,7 @@ def google_pre_linen(arrays):
 
 def old_group_norm(arrays):
     return {
-        name: a.reshape(1, 1, 1, -1) if "/gn" in f"/{name}" else a
-        for name, a in arrays.items()
+        name: a.reshape(1, 1, 1, -1) if "/gn" in f"/{name}" else a for name, a in arrays.items()
     }
 
 
@@ -470,6 +484,10 @@ def test_heads_of_the_table(tmp_path):
 # Another resolution
 
 
+def positions_of(model):
+    return keras.ops.convert_to_numpy(model.get_layer("patch_encoder").position_embedding)
+
+
 @pytest.mark.parametrize(
     ("name", "interpolation"),
     [
@@ -481,15 +499,13 @@ def test_heads_of_the_table(tmp_path):
 )
 def test_positions_are_resized_as_the_family_does(name, interpolation):
     """By default as the family's code; by resize_model or at loading; and to a non-square grid."""
-    images = np.random.default_rng(2).normal(size=(2, 24, 40, 3)).astype("float32")
     original = load(name)
-    found = predict(load(name, image_size=(24, 40)), images)
+    found = positions_of(load(name, image_size=(24, 40)))
     for way in ("linear", "antialiased_bicubic", "bicubic"):
-        resized = keras_vit.resize_model(original, (24, 40), interpolation=way)
-        asked = load(name, image_size=(24, 40), interpolation=way)
-        same = predict(resized, images)
-        np.testing.assert_array_equal(predict(asked, images), same)
-        assert np.array_equal(found, same) == (way == interpolation)
+        resized = positions_of(keras_vit.resize_model(original, (24, 40), interpolation=way))
+        asked = positions_of(load(name, image_size=(24, 40), interpolation=way))
+        np.testing.assert_array_equal(asked, resized)
+        assert np.array_equal(found, resized) == (way == interpolation)
 
 
 # Saving
