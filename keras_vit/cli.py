@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import warnings
 from typing import Annotated
 
 import typer
@@ -48,7 +49,8 @@ class SplitName(str, enum.Enum):
 
 
 def main():
-    """Runs the command; an error is one line on stderr and exit status 1."""
+    """Runs the command; an error is one line on stderr and exit status 1, a warning one line."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
     except ModuleNotFoundError as error:
@@ -67,21 +69,49 @@ def train(
     out: Annotated[
         pathlib.Path | None, typer.Option(help="Run folder (default: runs/DATA).")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint to start from: PATH, hf://OWNER/NAME or https://...."),
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Heads, for weights that do not say.")
+    ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="tiny, small or photos (default: by the size of the images).")
+        str | None,
+        typer.Option(
+            help="tiny, small or photos (default: by the size of the images); with weights "
+            "finetune_small (default) or finetune."
+        ),
     ] = None,
     variant: Annotated[
         str | None, typer.Option(help="A ViT of the table, such as Ti/16 (default: the recipe's).")
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels (default: the recipe's).")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels (default: the recipe's, or the checkpoint's).")
+    ] = None,
     patch_size: Annotated[int | None, typer.Option(help="Pixels (default: the variant's).")] = None,
-    pooling: Annotated[str | None, typer.Option(help="token, mean, gap or map.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="token, mean, gap, token+gap or map.")] = None,
     position: Annotated[str | None, typer.Option(help="learned or sincos2d.")] = None,
+    normalization: Annotated[
+        str | None,
+        typer.Option(help="minus_one_one or imagenet (default: the recipe's or checkpoint's)."),
+    ] = None,
     dropout: Annotated[float | None, typer.Option(help="Rate (default: the recipe's).")] = None,
     drop_path: Annotated[float | None, typer.Option(help="Rate of the last block.")] = None,
+    freeze: Annotated[
+        bool | None,
+        typer.Option(
+            "--freeze",
+            help="With weights: train the head alone, best with a --learning-rate of about 0.01.",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
+    layer_decay: Annotated[
+        float | None, typer.Option(help="Rate of a layer over that of the next; 1: all the same.")
+    ] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="On kernels alone.")] = None,
     label_smoothing: Annotated[float | None, typer.Option(help="In [0, 1).")] = None,
@@ -103,18 +133,22 @@ def train(
     skip_unreadable: SkipOption = False,
     overwrite: OverwriteOption = False,
 ):
-    """Train a Vision Transformer and write a run folder."""
+    """Train a Vision Transformer, from scratch or from weights, and write a run folder."""
     overrides = {
         "variant": variant,
         "image_size": image_size,
         "patch_size": patch_size,
         "pooling": pooling,
         "position": position,
+        "normalization": normalization,
         "dropout": dropout,
         "drop_path": drop_path,
+        "freeze_backbone": freeze,
         "epochs": epochs,
         "batch_size": batch_size,
+        "optimizer": optimizer,
         "learning_rate": learning_rate,
+        "layer_decay": layer_decay,
         "warmup": warmup,
         "weight_decay": weight_decay,
         "label_smoothing": label_smoothing,
@@ -130,6 +164,8 @@ def train(
     train(
         data,
         out or pathlib.Path("runs") / run_name(data),
+        weights=weights,
+        num_heads=num_heads,
         recipe=recipe,
         precision=precision.value,
         jit_compile="auto" if xla is None else xla,
@@ -198,6 +234,59 @@ def predict(
         return
     for path, classes in zip(images, predictions, strict=True):
         print(f"{path}: " + ", ".join(f"{name} {p:.3f}" for name, p in classes))
+
+
+@app.command()
+def probe(
+    weights: Annotated[str, typer.Option(help="A checkpoint: a file, hf://OWNER/NAME or a URL.")],
+    data: Annotated[str, typer.Option(help="digits, folder:PATH or tfds:NAME[:CONFIG].")],
+    out: Annotated[
+        pathlib.Path | None, typer.Option(help="Folder (default: runs/probe-WEIGHTS-DATA).")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels (default: the checkpoint's).")
+    ] = None,
+    train_images: Annotated[
+        int | None, typer.Option(help="Training images, the first ones (default: 10,000).")
+    ] = None,
+    test_images: Annotated[
+        int | None, typer.Option(help="Test images, the first ones (default: all).")
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Attention heads, if the checkpoint does not say.")
+    ] = None,
+    normalization: Annotated[
+        str | None, typer.Option(help="minus_one_one or imagenet (default: the checkpoint's).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
+    skip_unreadable: SkipOption = False,
+    overwrite: OverwriteOption = False,
+):
+    """Say how good the features of a checkpoint are for your images, without training it.
+
+    The folder keeps the features: the same command again does not compute them again.
+    """
+    start_tensorflow()
+    from keras_vit.training.probing import probe
+
+    if out is None:
+        name = pathlib.PurePath(weights).name.removesuffix(".npz").removesuffix(".safetensors")
+        out = pathlib.Path("runs") / f"probe-{name}-{run_name(data)}"
+    result = probe(
+        weights,
+        data,
+        out,
+        image_size=image_size,
+        train_images=train_images,
+        test_images=test_images,
+        num_heads=num_heads,
+        normalization=normalization,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        skip_unreadable=skip_unreadable,
+    )
+    Console().print(result.table())
+    print(f"-> {out}")
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """The run folder: everything to look at, reproduce, evaluate and export a training run.
 
 run.json             configuration, seed, versions, data fingerprint, results
-best.keras           the model of the epoch with the best validation accuracy
+best.keras           the model of the epoch with the best validation accuracy; of a run from
+                     weights without its optimizer
 last.keras           the model and optimizer after the last epoch
 history.csv          one row per epoch
 curves.png           loss and accuracy over the epochs

@@ -15,20 +15,29 @@ from rich.console import Console
 from keras_vit.data import load_data
 from keras_vit.data.pipeline import evaluation_batches, training_batches
 from keras_vit.files import replacing
-from keras_vit.model import build_vit
+from keras_vit.model import build_vit, vit_arguments
 from keras_vit.training.callbacks import Checkpoints, Progress, StopOnNonFinite
 from keras_vit.training.evaluation import evaluate
-from keras_vit.training.recipes import RECIPES, Recipe, default_recipe
+from keras_vit.training.optimizers import build_optimizer
+from keras_vit.training.recipes import resolve_recipe
 from keras_vit.training.run import Run, check_run_folder, new_run_folder, save_run
 from keras_vit.versions import versions
+from keras_vit.weights import from_checkpoint
+from keras_vit.weights.loading import HEAD
+from keras_vit.weights.sources import local_path, sha256
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+
+# For a checkpoint that does not say how its pixels were normalised: that of the paper's code.
+ASSUMED_NORMALIZATION = "minus_one_one"
 
 
 def train(
     data="digits",
     out="runs/digits",
     *,
+    weights=None,
+    num_heads=None,
     recipe=None,
     precision="float32",
     jit_compile="auto",
@@ -40,18 +49,23 @@ def train(
 ):
     """Trains a Vision Transformer on images and writes a run folder.
 
-    AdamW with linear warm-up and cosine decay; the weight decay acts on kernels alone, not on
-    biases, norms, tokens and positions.
+    From scratch, or from a checkpoint, whose head gives way to a new one that starts at zero.
+    Linear warm-up and cosine decay of the learning rate; the weight decay acts on kernels alone,
+    not on biases, norms, tokens and positions.
 
     Example:
 
         run = train("folder:flowers", "runs/flowers", epochs=20)
+        run = train("folder:flowers", "runs/tuned", weights="hf://google/vit-base-patch16-224")
         model = run.model()
 
     Args:
         data: "digits", "folder:PATH" or "tfds:NAME[:CONFIG]".
         out: The run folder to write; see `keras_vit.training.run` for what it holds.
-        recipe: A `Recipe`, a name of `RECIPES`, or None for the one that fits the images' size.
+        weights: A checkpoint to start from, as `keras_vit.from_checkpoint` takes it, or None.
+        num_heads: Attention heads, for a checkpoint that does not say.
+        recipe: A `Recipe`, a name of `RECIPES`, or None: "finetune_small" with weights, else the
+            one that fits the images' size.
         precision: "float32", "mixed_bfloat16" or "mixed_float16".
         jit_compile: Whether XLA compiles the training step; "auto": wherever Keras can.
         early_stop: Epochs without a new best model (by validation accuracy, then loss) before
@@ -63,13 +77,54 @@ def train(
 
     Returns:
         The `Run`. `run.info["results"]` has the accuracies; `run.model()` loads the best model.
+        Trained from weights, that model comes without an optimizer, and nothing in it is frozen,
+        whatever was in training.
 
     Raises:
-        ValueError: An argument is out of its range, the data cannot be used, or `out` exists.
+        ValueError: An argument is out of its range or does not fit another, the checkpoint or the
+            data cannot be used, or `out` exists.
         TypeError: An override is not a field of `Recipe`.
         NonFiniteLossError: The training diverged; the last good model stays in `out`, or the
             run that was to be replaced if there is none yet.
+
+    Source: fine-tuning as in the paper (arXiv 2010.11929, Sections 3.2 and B.1.1): the whole head
+    of pre-training is left out, `pre_logits` too, and positions are interpolated.
     """
+    _check_arguments(precision, weights, num_heads)
+    check_run_folder(out, overwrite)
+    # The images may take minutes to read, so that everything else is checked before. Without
+    # weights, the recipe that None stands for depends on them.
+    early = resolve_recipe(recipe, (0, 0), overrides, weights)
+    source = backbone = None
+    if weights is not None:
+        source = _describe_weights(weights, num_heads)
+        backbone = load_backbone(early, weights, num_heads)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    data = load_data(data, skip_unreadable=skip_unreadable)
+    recipe = resolve_recipe(recipe, data.image_size, overrides, weights)
+    recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, data.train.count))
+    keras.utils.set_random_seed(seed)
+    with dtype_policy(precision):
+        model = build_model(recipe, data.num_classes, backbone)
+    del backbone
+    options = {
+        "precision": precision,
+        "jit_compile": jit_compile,
+        "early_stop": early_stop,
+        "seed": seed,
+    }
+    info = _describe(data, source, recipe, options, model)
+    with new_run_folder(out, overwrite) as folder:
+        run = Run(folder, info)
+        save_run(run)
+        _print_header(console, run, model)
+        for path in data.skipped:
+            console.print(f"skipped {path}")
+        _fit_and_record(run, model, data, recipe, console)
+    return run
+
+
+def _check_arguments(precision, weights, num_heads):
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {PRECISIONS}. Received: {precision!r}.")
     if keras.backend.backend() != "tensorflow":
@@ -77,56 +132,39 @@ def train(
             "Training needs Keras on its TensorFlow backend. Received: "
             f"KERAS_BACKEND={keras.backend.backend()!r}."
         )
-    check_run_folder(out, overwrite)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    data = load_data(data, skip_unreadable=skip_unreadable)
-    recipe = resolve_recipe(recipe, data.image_size, overrides)
-    recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, data.train.count))
-    keras.utils.set_random_seed(seed)
-    with dtype_policy(precision):
-        model = build_model(recipe, data.num_classes)
-    options = {
-        "precision": precision,
-        "jit_compile": jit_compile,
-        "early_stop": early_stop,
-        "seed": seed,
-    }
-    info = _describe(data, recipe, options, model)
-    with new_run_folder(out, overwrite) as folder:
-        run = Run(folder, info)
-        save_run(run)
-        _print_header(console, run)
-        for path in data.skipped:
-            console.print(f"skipped {path}")
-        _fit_and_record(run, model, data, recipe, console)
-    return run
+    if num_heads is not None and weights is None:
+        raise ValueError(f"`num_heads` is for `weights` alone. Received: num_heads={num_heads!r}.")
 
 
-def resolve_recipe(recipe, image_size, overrides):
-    """The `Recipe` of a name, of None (by the images' native size) or of itself, with overrides."""
-    if recipe is None:
-        recipe = default_recipe(image_size)
-    if isinstance(recipe, str):
-        if recipe not in RECIPES:
-            raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}. Received: {recipe!r}.")
-        recipe = RECIPES[recipe]
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"`recipe` must be a Recipe, a name or None. Received: {recipe!r}.")
-    unknown = set(overrides) - {field.name for field in dataclasses.fields(Recipe)}
-    if unknown:
-        raise TypeError(f"Not a field of Recipe: {', '.join(sorted(unknown))}.")
-    return dataclasses.replace(recipe, **overrides)
+def load_backbone(recipe, weights, num_heads=None):
+    """The model of a checkpoint without its head; images `(B, H, W, 3)` -> features `(B, D)`."""
+    overrides = {"pooling": recipe.pooling, "normalization": recipe.normalization}
+    model = from_checkpoint(
+        weights,
+        num_classes=0,
+        image_size=recipe.image_size,
+        num_heads=num_heads,
+        **{name: value for name, value in overrides.items() if value is not None},
+    )
+    if model.input_shape[-1] != 3:
+        raise ValueError(
+            "The checkpoint's model must take images of 3 channels, as the data are. "
+            f"Received: weights={str(weights)!r}, of {model.input_shape[-1]} channels."
+        )
+    return model
 
 
-def build_model(recipe, num_classes):
-    """The model of a recipe."""
+def build_model(recipe, num_classes, backbone=None):
+    """The model of a recipe, or a copy of a backbone with a head of zeros."""
+    if backbone is not None:
+        return _build_on(backbone, recipe, num_classes)
     return build_vit(
         recipe.variant,
         image_size=recipe.image_size,
         num_classes=num_classes,
         patch_size=recipe.patch_size,
         pooling=recipe.pooling,
-        class_token=recipe.pooling in ("token", "mean"),
+        class_token=recipe.pooling not in ("gap", "map"),
         position=recipe.position,
         dropout=recipe.dropout,
         drop_path=recipe.drop_path,
@@ -134,23 +172,24 @@ def build_model(recipe, num_classes):
     )
 
 
-def build_optimizer(recipe, model, steps_per_epoch):
-    """AdamW whose rate rises linearly from 0 and falls as a cosine to 0 at the last step."""
-    steps = recipe.epochs * steps_per_epoch
-    warmup_steps = min(round(recipe.warmup * steps), steps - 1)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0 if warmup_steps else recipe.learning_rate,
-        warmup_target=recipe.learning_rate if warmup_steps else None,
-        warmup_steps=warmup_steps,
-        decay_steps=steps - warmup_steps,
-    )
-    optimizer = keras.optimizers.AdamW(
-        schedule, weight_decay=recipe.weight_decay, global_clipnorm=recipe.clip_norm
-    )
-    optimizer.exclude_from_weight_decay(
-        [weight for weight in model.trainable_weights if weight.name != "kernel"]
-    )
-    return optimizer
+def _build_on(backbone, recipe, num_classes):
+    arguments = vit_arguments(backbone)
+    frozen = recipe.freeze_backbone
+    arguments |= {
+        "num_classes": num_classes,
+        "normalization": arguments["normalization"] or ASSUMED_NORMALIZATION,
+        "dropout": 0.0 if frozen else recipe.dropout,
+        "drop_path": 0.0 if frozen else recipe.drop_path,
+    }
+    model = build_vit(**arguments)
+    loaded = {weight.path: weight for weight in backbone.weights}
+    for weight in model.weights:
+        if not weight.path.startswith(HEAD):
+            weight.assign(loaded[weight.path])
+            if frozen:
+                # Not its layer's `trainable`, which Keras saves and restores by halves.
+                weight.trainable = False
+    return model
 
 
 @contextlib.contextmanager
@@ -193,7 +232,7 @@ def _fit_and_record(run, model, data, recipe, console):
 
 def _fit(run, model, data, recipe, console):
     options = run.info["options"]
-    size = (recipe.image_size,) * 2
+    size = model.input_shape[1:3]
     steps_per_epoch = math.ceil(data.train.count / recipe.batch_size)
     model.compile(
         optimizer=build_optimizer(recipe, model, steps_per_epoch),
@@ -224,20 +263,42 @@ def _fit(run, model, data, recipe, console):
         keras.callbacks.TensorBoard(str(run.folder / "tensorboard"), write_graph=False),
     ]
     validation = evaluation_batches(data.validation, size, recipe.batch_size, data.num_classes)
-    with contextlib.closing(progress):
-        model.fit(
-            batches,
-            epochs=recipe.epochs,
-            steps_per_epoch=steps_per_epoch,
-            validation_data=validation,
-            callbacks=callbacks,
-            shuffle=False,  # the batches are
-            verbose=0,
-        )
+    try:
+        with contextlib.closing(progress):
+            model.fit(
+                batches,
+                epochs=recipe.epochs,
+                steps_per_epoch=steps_per_epoch,
+                validation_data=validation,
+                callbacks=callbacks,
+                shuffle=False,  # the batches are
+                verbose=0,
+            )
+    finally:
+        _drop_optimizer(run)
     return checkpoints
 
 
-def _describe(data, recipe, options, model):
+def _drop_optimizer(run):
+    """Leaves the model alone in best.keras of a checkpoint.
+
+    The optimizer of a frozen backbone is not that of the model that is loaded, and one with the
+    rates of layers could be loaded only where `keras_vit.training` is imported.
+    """
+    path = run.folder / "best.keras"
+    if run.info["weights"] is not None and path.exists():
+        model = keras.saving.load_model(path, compile=False)
+        with replacing(path) as temporary:
+            model.save(temporary)
+
+
+def _describe_weights(weights, num_heads):
+    """What run.json says of the checkpoint."""
+    digest = sha256(local_path(weights))
+    return {"path": str(weights), "sha256": digest, "num_heads": num_heads}
+
+
+def _describe(data, weights, recipe, options, model):
     """What run.json says at the start."""
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -250,29 +311,50 @@ def _describe(data, recipe, options, model):
             "skipped": len(data.skipped),
             "fingerprint": data.fingerprint,
         },
+        "weights": weights,
         "recipe": dataclasses.asdict(recipe),
         "options": options,
-        "model": {"name": model.name, "parameters": model.count_params()},
+        "model": {
+            "name": model.name,
+            "image_size": list(model.input_shape[1:3]),
+            "parameters": model.count_params(),
+            "trained_parameters": sum(math.prod(w.shape) for w in model.trainable_weights),
+        },
         "versions": versions(),
         "devices": [device.device_type for device in tf.config.list_physical_devices()],
         "results": {"status": "running"},
     }
 
 
-def _print_header(console, run):
-    data, recipe, model = run.info["data"], run.info["recipe"], run.info["model"]
-    size, patch_size = recipe["variant"], recipe["patch_size"]
-    if not isinstance(size, str):
-        patch_size = patch_size or size["patch_size"]
-        size = f"{size['depth']} blocks of width {size['hidden_dim']}"
-    if patch_size:
-        size += f", patches of {patch_size} px"
+def _print_header(console, run, model):
+    data, weights, facts = run.info["data"], run.info["weights"], run.info["model"]
     skipped = f", {data['skipped']} unreadable skipped" if data["skipped"] else ""
+    height, width = facts["image_size"]
+    pixels = height if height == width else f"{height} x {width}"
     console.print(
         f"{data['name']}: {len(data['class_names'])} classes, {data['train']:,} training, "
-        f"{data['validation']:,} validation, {data['test']:,} test images{skipped}\n"
-        f"{size}, images of {recipe['image_size']} px, {model['parameters']:,} parameters"
+        f"{data['validation']:,} validation, {data['test']:,} test images{skipped}"
     )
+    if weights is not None:
+        console.print(f"{weights['path']} (SHA-256 {weights['sha256'][:12]}...), new head")
+    console.print(
+        f"{_size(run.info['recipe'], model)}, images of {pixels} px, "
+        f"{facts['parameters']:,} parameters"
+    )
+    if run.info["recipe"]["freeze_backbone"]:
+        console.print(
+            f"{facts['trained_parameters']:,} of {facts['parameters']:,} parameters trained"
+        )
+
+
+def _size(recipe, model):
+    """The size of a model in words: its variant, or its blocks and patches."""
+    size, patch_size = recipe["variant"], recipe["patch_size"]
+    if not isinstance(size, str):
+        config = vit_arguments(model)["variant"]
+        size = f"{config.depth} blocks of width {config.hidden_dim}"
+        patch_size = config.patch_size
+    return f"{size}, patches of {patch_size} px" if patch_size else size
 
 
 def plot_curves(folder):

@@ -86,7 +86,8 @@ def normalization_of(mean, std):
     """A mean and std per channel as an argument of `build_vit`, a name where there is one."""
     for name, known in NORMALIZATIONS.items():
         if all(
-            np.array_equal(values, np.broadcast_to(expected, len(values)))
+            np.shape(expected) in ((), np.shape(values))
+            and np.array_equal(values, np.broadcast_to(expected, len(values)))
             for values, expected in zip((mean, std), known, strict=True)
         ):
             return name

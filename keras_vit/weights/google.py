@@ -11,7 +11,7 @@ Sources: vision_transformer `models_vit.py`, `models_resnet.py`, `checkpoint.py`
 import re
 
 from keras_vit.config import ViTConfig
-from keras_vit.weights.checkpoint import Tensor
+from keras_vit.weights.checkpoint import MAX_DEPTH, Tensor
 from keras_vit.weights.description import Description, file_image_size
 from keras_vit.weights.entries import reshaped, same
 
@@ -72,7 +72,7 @@ def canonical(checkpoint):
     checkpoint = _unstacked(checkpoint).renamed(_respelled)
     for name, tensor in checkpoint.tensors.items():
         if re.search(r"gn(\d|_root|_proj)/(scale|bias)$", name):  # (1, 1, 1, C) in old files
-            checkpoint = checkpoint.reshaped(name, (tensor.shape[-1],))
+            checkpoint = checkpoint.reshaped(name, tensor.shape[-1:])
     return checkpoint
 
 
@@ -91,7 +91,12 @@ def _unstacked(checkpoint):
         if not name.startswith(stack):
             tensors[name] = tensor
             continue
-        for i in range(tensor.shape[0] if tensor.shape else 0):
+        depth = tensor.shape[0] if tensor.shape else 0
+        if depth > MAX_DEPTH:
+            raise checkpoint.error(
+                f"a model has at most {MAX_DEPTH:,} blocks. Received: {depth:,}."
+            )
+        for i in range(depth):
             layer = name.removeprefix(stack)
             tensors[f"Transformer/encoderblock_{i}/{layer}"] = Tensor(
                 tensor.name, tensor.shape[1:], _slice_reader(tensor, i, last)
@@ -159,10 +164,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
 def _stem_units(checkpoint):
     """The bottleneck units of each stage of a hybrid's stem."""
     units = []
-    while count := sum(
-        re.fullmatch(rf"block{len(units) + 1}/unit\d+/conv1/kernel", name) is not None
-        for name in checkpoint.tensors
-    ):
+    while count := checkpoint.count(f"block{len(units) + 1}/unit{{i}}/conv1/kernel", first=1):
         units.append(count)
     return tuple(units)
 

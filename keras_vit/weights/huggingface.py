@@ -110,7 +110,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
     if "embeddings.register_tokens" in tensors:
         registers = checkpoint.shape("embeddings.register_tokens", 3)[1]
     _, length, _ = checkpoint.shape("embeddings.position_embeddings", 3)
-    slots = (1 + distilled, 1 + registers)
+    slots = (1 + distilled, 1 + distilled + registers)
     dinov2 = "layers.0.layer_scale1.lambda1" in tensors
     classes, features = 0, hidden_dim
     if "classifier.weight" in tensors:

@@ -1,6 +1,7 @@
 """Checkpoints into models and back."""
 
 import json
+import math
 import warnings
 
 import keras
@@ -68,7 +69,7 @@ def from_checkpoint(
     """
     checkpoint, family = _open(path)
     asked = image_size
-    description = family.describe(checkpoint, num_heads=num_heads, image_size=image_size)
+    description = _description(checkpoint, family, num_heads, image_size)
     described = description.arguments
     arguments = {**described, **overrides}
     arguments["image_size"] = asked or described["image_size"]
@@ -121,10 +122,8 @@ def load_weights(model, path, *, interpolation=None):
     """
     arguments = vit_arguments(model)
     checkpoint, family = _open(path)
-    description = family.describe(
-        checkpoint,
-        num_heads=arguments["variant"].num_heads,
-        image_size=arguments["image_size"],
+    description = _description(
+        checkpoint, family, arguments["variant"].num_heads, arguments["image_size"]
     )
     _load(model, checkpoint, family, description.arguments, interpolation)
     for name in ("gelu", "layer_norm_epsilon"):
@@ -224,6 +223,36 @@ def _open(path):
     )
 
 
+def _description(checkpoint, family, num_heads, image_size):
+    """What the file says of its model, if that model can be in it: larger ones are not built."""
+    try:
+        description = family.describe(checkpoint, num_heads=num_heads, image_size=image_size)
+    except ValueError as error:
+        raise checkpoint.error(error) from error
+    held = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    needed = _least_size(description.arguments)
+    if needed > held:
+        raise checkpoint.error(
+            f"the file holds fewer numbers than a model of its shapes. Received: {held:,}."
+        )
+    return description
+
+
+def _least_size(arguments):
+    """The numbers in some of the kernels of each part of a model with these arguments."""
+    config, features = arguments["variant"], arguments.get("representation_size")
+    width, channels = config.hidden_dim, arguments["channels"]
+    heads = config.num_heads * (config.head_dim or width // config.num_heads)
+    size = config.depth * width * (heads + config.mlp_dim)
+    size += width * (features or 0) + (features or width) * arguments["num_classes"]
+    if config.stem_units is not None:
+        channels = config.stem_width
+    if config.stem_units:
+        channels *= 4 * 2 ** (len(config.stem_units) - 1)
+        size += channels**2 // 4
+    return size + config.patch_size**2 * channels * width
+
+
 def _load(model, checkpoint, family, described, interpolation):
     """Checks that everything fits and is finite, and only then assigns it."""
     weights = _weights(model)
@@ -233,35 +262,32 @@ def _load(model, checkpoint, family, described, interpolation):
     entries = family.entries(weights, arguments)
     unused = family.entries(_HEAD_WEIGHTS, described) if not _has_head(weights) else {}
     _check_fit(checkpoint, family, weights, entries, unused)
-    for entry in entries.values():
-        for name in entry.names:
-            if not np.isfinite(checkpoint.tensors[name].read()).all():
-                raise checkpoint.error(f"{name} holds values that are not finite.")
+    for name in (name for entry in entries.values() for name in entry.names):
+        if not np.isfinite(_read(checkpoint, name)).all():
+            raise checkpoint.error(f"{name} holds values that are not finite.")
 
-    def read(weight):
-        arrays = [checkpoint.tensors[name].read() for name in entries[weight].names]
-        return entries[weight].load(arrays).astype("float32")
+    def value(weight):
+        return entries[weight].load([_read(checkpoint, name) for name in entries[weight].names])
 
-    def positions():
-        placed = arguments["class_token"] + arguments["distillation_token"]
-        return _split_positions(read(POSITIONS), grid_of(described), placed)
-
+    placed = {}  # before anything is assigned, for it can fail
+    if POSITIONS in weights:
+        registers = value(REGISTERS) if REGISTERS in weights else None
+        placed = _place(
+            value(POSITIONS),
+            registers,
+            grid_of(described),
+            arguments,
+            interpolation or family.INTERPOLATION,
+        )
     # By their place in the file: of stacked blocks, one stack is held at a time.
     for name in sorted(weights, key=lambda name: checkpoint.tensors[entries[name].names[0]].name):
-        if name == POSITIONS:
-            tokens, _, patches = positions()
-            patches = _resized(
-                patches,
-                grid_of(described),
-                grid_of(arguments),
-                interpolation or family.INTERPOLATION,
-            )
-            weights[name].assign(np.concatenate([tokens, patches], axis=1))
-        elif name == REGISTERS and POSITIONS in entries:
-            _, of_registers, _ = positions()
-            weights[name].assign(read(name) + of_registers)
-        else:
-            weights[name].assign(read(name))
+        weights[name].assign(placed[name] if name in placed else value(name))
+
+
+def _read(checkpoint, name):
+    """A tensor in float32; what is too large for it becomes infinite."""
+    with np.errstate(over="ignore"):
+        return checkpoint.tensors[name].read().astype("float32", copy=False)
 
 
 def _has_head(weights):
@@ -303,18 +329,22 @@ def _check_fit(checkpoint, family, weights, entries, unused):
         )
 
 
-def _split_positions(table, grid_size, placed):
-    """A file's positions `(1, ., D)`: those of the placed tokens, the registers, the patches.
+def _place(table, registers, grid_size, arguments, interpolation):
+    """Our positions, and registers if there are any, from a file's table of positions.
 
-    Tokens for which the table has no row have the position 0: big_vision and timm's
-    `no_embed_class` add positions to patches alone.
+    The first rows of the table `(1, ., D)` are of the class and the distillation token, and may be
+    of the registers, which take them into themselves. If there are none (big_vision and timm's
+    `no_embed_class` add positions to patches alone), those tokens have the position 0.
     """
+    tokens = arguments["class_token"] + arguments["distillation_token"]
     slots = table.shape[1] - grid_size[0] * grid_size[1]
     if slots == 0:
-        tokens = np.zeros((1, placed, table.shape[2]), table.dtype)
-        return tokens, np.zeros((), table.dtype), table
-    registers = table[:, placed:slots] if slots > placed else np.zeros((), table.dtype)
-    return table[:, :placed], registers, table[:, slots:]
+        table = np.concatenate([np.zeros_like(table[:, :1])] * tokens + [table], axis=1)
+    elif slots > tokens:
+        registers = registers + table[:, tokens:slots]
+        table = np.concatenate([table[:, :tokens], table[:, slots:]], axis=1)
+    placed = {POSITIONS: _resized(table, grid_size, grid_of(arguments), interpolation)}
+    return placed if registers is None else {**placed, REGISTERS: registers}
 
 
 def _resized(table, grid_size, new_grid_size, interpolation):

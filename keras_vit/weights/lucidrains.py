@@ -65,7 +65,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
     hidden_dim, patch_values = checkpoint.shape("to_patch_embedding.2.weight", 2)
     channels = 1 if math.isqrt(patch_values) ** 2 == patch_values else 3
     inner_dim = checkpoint.shape("transformer.layers.0.0.to_qkv.weight", 2)[0] // 3
-    if num_heads is None and inner_dim % HEAD_DIM:
+    if num_heads is None and (inner_dim % HEAD_DIM or inner_dim == 0):
         raise checkpoint.error(
             f"the file does not say how many heads its attention of width {inner_dim} has: pass "
             "`num_heads`."

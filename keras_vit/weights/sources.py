@@ -27,6 +27,8 @@ _HUB_CONFIGS = ("config.json", "preprocessor_config.json")
 _HUB_SINGLE, _HUB_INDEX = "model.safetensors", "model.safetensors.index.json"
 _HUB_SHARDS = "model-*-of-*.safetensors"
 
+_WEIGHT_FILES = (".npz", ".safetensors", ".json")  # the last are configurations and indices
+
 _TIMEOUT = 30  # seconds without an answer or a byte
 _CHUNK = 1 << 20  # bytes
 
@@ -360,6 +362,21 @@ def _announced_md5(headers):
             if kind == "md5":
                 return value
     return None
+
+
+def sha256(path):
+    """SHA-256 in hex of a checkpoint: of its file, or of what its folder holds of one."""
+    files = [path]
+    if path.name.endswith(".index.json"):  # of the shards beside it
+        path = path.parent
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in _WEIGHT_FILES and f.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 # Google's public checkpoints.

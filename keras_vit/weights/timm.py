@@ -118,7 +118,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
         "gelu": facts.get("gelu", "erf"),
         "layer_norm_epsilon": facts.get("layer_norm_epsilon", 1e-6),
     }
-    if "normalization" in facts or mean:
+    if "normalization" in facts or (mean and std):
         known = facts.get("normalization", (mean, std))
         normalization = known and normalization_of(*known)
         return Description({**arguments, "normalization": normalization})

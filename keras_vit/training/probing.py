@@ -9,7 +9,6 @@ features/{train,validation,test}.npz   the features, which another call does not
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 import time
@@ -37,7 +36,7 @@ from keras_vit.model import vit_arguments
 from keras_vit.training.fewshot import few_shot_accuracies
 from keras_vit.versions import versions
 from keras_vit.weights import from_checkpoint
-from keras_vit.weights.sources import local_path
+from keras_vit.weights.sources import local_path, sha256
 
 SPLITS = ("train", "validation", "test")
 TRAIN_IMAGES = 10_000
@@ -47,8 +46,6 @@ NEIGHBORS = 20
 TEMPERATURE = 0.07
 C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MAX_ITERATIONS = 1000
-
-_WEIGHT_FILES = (".npz", ".safetensors", ".json")  # the last are configurations and indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +79,7 @@ class ProbeResult:
         knn, logistic = self.knn, self.logistic
         total = f"{images['train']:,}"
         table.add_row(f"{knn['k']} nearest neighbours", total, f"{knn['accuracy']:.4f}")
-        name = f"logistic regression, C = {logistic['C']:g}"
-        table.add_row(name, total, f"{logistic['accuracy']:.4f}")
+        table.add_row(f"logistic, C = {logistic['C']:g}", total, f"{logistic['accuracy']:.4f}")
         for shots, draws in self.few_shot.items():
             accuracies = (np.mean(draws), min(draws), max(draws))
             cells = [f"{accuracy:.4f}" for accuracy in accuracies]
@@ -296,21 +292,6 @@ def extract_features(model, split, count, batch_size, report):
         labels.append(batch_labels.numpy())
         report(sum(map(len, labels)))
     return np.concatenate(features).astype("float32"), np.concatenate(labels)
-
-
-def sha256(path):
-    """SHA-256 in hex of a checkpoint: of its file, or of what its folder holds of one."""
-    files = [path]
-    if path.name.endswith(".index.json"):  # of the shards beside it
-        path = path.parent
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in _WEIGHT_FILES and f.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_probe_folder(folder):

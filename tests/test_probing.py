@@ -18,8 +18,8 @@ import keras_vit
 from keras_vit import ViTConfig, build_vit
 from keras_vit.data import load_data
 from keras_vit.data.pipeline import first_images
-from keras_vit.training import fewshot
-from keras_vit.training.probe import (
+from keras_vit.training import fewshot, probing
+from keras_vit.training.probing import (
     C_GRID,
     ProbeResult,
     extract_features,
@@ -27,10 +27,9 @@ from keras_vit.training.probe import (
     logistic_regression,
     plot_probe,
     probe,
-    sha256,
 )
+from keras_vit.weights.sources import sha256
 
-probe_module = sys.modules[probe.__module__]  # the package has the function by that name
 CLASSES = 3
 
 
@@ -80,7 +79,7 @@ def extractions(monkeypatch):
         counts.append(count)
         return extract_features(model, split, count, *rest)
 
-    monkeypatch.setattr(probe_module, "extract_features", counting)
+    monkeypatch.setattr(probing, "extract_features", counting)
     return counts
 
 
@@ -191,7 +190,7 @@ def test_c_is_chosen_on_the_validation_images(images, best):
 
 
 def test_missing_convergence_is_shown(weights, probed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(probe_module, "MAX_ITERATIONS", 1)
+    monkeypatch.setattr(probing, "MAX_ITERATIONS", 1)
     result = probe_digits(weights, shutil.copytree(probed[1], tmp_path / "probe"))
     assert not result.logistic["converged"]
     assert "did not converge in 1 iterations" in capsys.readouterr().out
