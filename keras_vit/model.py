@@ -155,11 +155,7 @@ def build_vit(
             layer_norm_epsilon=layer_norm_epsilon,
             name=f"block_{i}",
         )(x)
-    norm = keras.layers.LayerNormalization(
-        epsilon=layer_norm_epsilon, name="pooled_norm" if norm_after_pooling else "encoder_norm"
-    )
-    if not norm_after_pooling:
-        x = norm(x)
+    prefix = class_token + distillation_token + num_registers
     if pooling == "map":
         pools = [
             AttentionPooling(
@@ -171,18 +167,25 @@ def build_vit(
             )
         ]
     else:
-        prefix = class_token + distillation_token + num_registers
         pools = [TokenPooling(pooling, num_prefix_tokens=prefix, name="pooling")]
     if distillation_token:
         pools.append(TokenPooling("distillation", name="distillation_pooling"))
-    features = [pool(x) for pool in pools]
-    if norm_after_pooling:
-        features = [norm(x) for x in features]
+    features = _normed_features(x, pools, layer_norm_epsilon, norm_after_pooling)
     return keras.Model(
         images,
         _head(features, num_classes, representation_size),
         name=name or _model_name(variant, patch_size),
     )
+
+
+def _normed_features(tokens, pools, epsilon, norm_after_pooling):
+    """LN, then each pooling, or the other way round: `(B, N, D)` -> a list of `(B, D)`."""
+    if norm_after_pooling:
+        norm = keras.layers.LayerNormalization(epsilon=epsilon, name="pooled_norm")
+        return [norm(pool(tokens)) for pool in pools]
+    norm = keras.layers.LayerNormalization(epsilon=epsilon, name="encoder_norm")
+    tokens = norm(tokens)
+    return [pool(tokens) for pool in pools]
 
 
 def _head(features, num_classes, representation_size):
@@ -305,9 +308,11 @@ def _full_precision():
 
 
 def _model_name(variant, patch_size):
-    """A name that Keras and file systems take: "vit_B16" for "B/16"."""
+    """A name that Keras and file systems take: "vit_B16" for "B/16" and its `ViTConfig`."""
     if isinstance(variant, ViTConfig):
-        return "vit"
+        variant = next((name for name, config in VARIANTS.items() if config == variant), None)
+        if variant is None:
+            return "vit"
     width, size = variant.replace("+", "_").split("/")
     return f"vit_{width}{patch_size or size}"
 

@@ -226,7 +226,11 @@ FACTS = (
     ),
     ("input_size", "three ints from 1 to 10,000", lambda value: _is_list(value, _is_count, (3,))),
     ("layer_norm_eps layer_norm_epsilon", "a number from 0 on", _is_number),
-    ("hidden_act gelu global_pool", "a string", lambda value: isinstance(value, str)),
+    (
+        "hidden_act gelu global_pool act_layer architecture",
+        "a string",
+        lambda value: isinstance(value, str),
+    ),
     (
         "image_mean image_std mean std",
         "a list of numbers",

@@ -8,7 +8,9 @@ import numpy as np
 from keras_vit.config import VARIANTS
 from keras_vit.model import NORMALIZATIONS, check_image_size
 
+# Heads by width: the variants', and those of timm's models between them (`vision_transformer.py`).
 HEADS = {config.hidden_dim: config.num_heads for config in VARIANTS.values()}
+HEADS |= {256: 4, 320: 5, 512: 8, 640: 10, 832: 13, 896: 14, 1152: 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +19,13 @@ class Description:
 
     Args:
         arguments: The arguments of `build_vit` that make it.
-        assumed: Those that the file does not say, and were taken by the family's habit.
+        interpolation: How the family's own code resizes its positions.
+        assumed: What the file does not say and was taken by the family's habit, by name.
     """
 
     arguments: dict
-    assumed: tuple[str, ...] = ()
+    interpolation: str
+    assumed: dict
 
 
 def grid_of(arguments):
@@ -70,10 +74,12 @@ def file_image_size(checkpoint, config, positions, slots, known, asked):
     )
 
 
-def head_count(checkpoint, hidden_dim, num_heads):
-    """The number of heads that a file without it has: the one given, or its variant's."""
-    if num_heads is not None:
-        return num_heads
+def head_count(checkpoint, hidden_dim, known, asked):
+    """The number of heads: the one the file says, or the one asked for, or its width's."""
+    if known is not None and asked is not None and known != asked:
+        raise checkpoint.error(f"its model has {known} heads. Received: num_heads={asked}.")
+    if known is not None or asked is not None:
+        return known or asked
     if hidden_dim not in HEADS:
         raise checkpoint.error(
             f"the file does not say how many attention heads its width of {hidden_dim} has: pass "
@@ -86,7 +92,7 @@ def normalization_of(mean, std):
     """A mean and std per channel as an argument of `build_vit`, a name where there is one."""
     for name, known in NORMALIZATIONS.items():
         if all(
-            np.shape(expected) in ((), np.shape(values))
+            len(expected) in (1, len(values))
             and np.array_equal(values, np.broadcast_to(expected, len(values)))
             for values, expected in zip((mean, std), known, strict=True)
         ):

@@ -8,18 +8,19 @@ Sources: vision_transformer `models_vit.py`, `models_resnet.py`, `checkpoint.py`
 `models/vit.py`.
 """
 
+import dataclasses
 import re
 
 from keras_vit.config import ViTConfig
 from keras_vit.weights.checkpoint import MAX_DEPTH, Tensor
-from keras_vit.weights.description import Description, file_image_size
+from keras_vit.weights.description import Description, file_image_size, head_count
 from keras_vit.weights.entries import reshaped, same
 
 NAME = "google"
-INTERPOLATION = "linear"
 # What the original code always computes.
 FIXED = {"gelu": "tanh", "layer_norm_epsilon": 1e-6, "qkv_bias": True}
-POOLINGS = ("token", "gap", "map")
+# Pooling -> whether the original code then has tokens before the patches.
+POOLINGS = {"token": (True,), "gap": (False,), "map": (False,)}
 
 PREFIXES = ("opt/target/", "params/img/", "params/", "img/", "")
 
@@ -77,7 +78,7 @@ def canonical(checkpoint):
 
 
 def _respelled(name):
-    if name == "pos_embedding":
+    if name in ("pos_embedding", "Transformer/pos_embedding"):
         return TENSORS["patch_encoder/position_embedding"]
     name = name.replace("/LayerNorm_2/", "/LayerNorm_1/").replace("/MlpBlock_3/", "/MlpBlock_0/")
     return name.replace("/MultiHeadDotProductAttention_1/", f"/{ATTENTION}/")
@@ -101,7 +102,7 @@ def _unstacked(checkpoint):
             tensors[f"Transformer/encoderblock_{i}/{layer}"] = Tensor(
                 tensor.name, tensor.shape[1:], _slice_reader(tensor, i, last)
             )
-    return type(checkpoint)(checkpoint.path, tensors, checkpoint.config)
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _slice_reader(tensor, i, last):
@@ -117,7 +118,11 @@ def _slice_reader(tensor, i, last):
 
 
 def describe(checkpoint, num_heads=None, image_size=None):
-    """The `Description` of a canonical checkpoint; `num_heads` is in the file."""
+    """The `Description` of a canonical checkpoint.
+
+    Only the image size of fixed positions is not in the file: 224 pixels, unless it is one of the
+    public files or `image_size` says otherwise.
+    """
     block = "Transformer/encoderblock_0"
     tensors = checkpoint.tensors
     patch_size, _, channels, hidden_dim = checkpoint.shape("embedding/kernel", 4)
@@ -129,7 +134,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
     config = ViTConfig(
         hidden_dim,
         checkpoint.count("Transformer/encoderblock_{i}/LayerNorm_0/scale"),
-        heads,
+        head_count(checkpoint, hidden_dim, heads, num_heads),
         checkpoint.shape(f"{block}/MlpBlock_0/Dense_0/kernel", 2)[1],
         patch_size,
         head_dim=None if heads * head_dim == hidden_dim else head_dim,
@@ -138,15 +143,18 @@ def describe(checkpoint, num_heads=None, image_size=None):
     class_token = "cls" in tensors
     pooling = "token" if class_token else "gap"
     positions = TENSORS["patch_encoder/position_embedding"]
-    known = checkpoint.config.get("image_size")
+    known, assumed = checkpoint.config.get("image_size"), {}
     if positions in tensors:
         _, length, _ = checkpoint.shape(positions, 3)
         slots = (1, 0) if class_token else (0,)
         image_size = file_image_size(checkpoint, config, length, slots, known, image_size)
+    elif image_size is None:
+        image_size = known or 224
+        assumed = {} if known else {"image_size": image_size}
     return Description(
         {
             "variant": config,
-            "image_size": image_size or known or 224,
+            "image_size": image_size,
             "num_classes": checkpoint.shape("head/bias")[0] if "head/bias" in tensors else 0,
             "channels": channels,
             "pooling": "map" if "MAPHead_0/probe" in tensors else pooling,
@@ -155,9 +163,11 @@ def describe(checkpoint, num_heads=None, image_size=None):
             "representation_size": (
                 checkpoint.shape("pre_logits/bias")[0] if "pre_logits/bias" in tensors else None
             ),
-            "normalization": "minus_one_one",
+            "normalization": checkpoint.config.get("normalization", "minus_one_one"),
             **FIXED,
-        }
+        },
+        interpolation="linear",
+        assumed=assumed,
     )
 
 

@@ -18,7 +18,6 @@ from keras_vit.weights.description import (
 from keras_vit.weights.entries import convolution, torch_entries
 
 NAME = "huggingface"
-INTERPOLATION = "bicubic"
 
 MODULES = {
     "patch_encoder/projection": "embeddings.patch_embeddings.projection",
@@ -64,7 +63,8 @@ GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_f
 
 def matches(names):
     """Whether these names are of this family."""
-    return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names)
+    kinds = ("", "vit.", "deit.", "dinov2.", "dinov2_with_registers.")
+    return any(f"{kind}embeddings.patch_embeddings.projection.weight" in names for kind in kinds)
 
 
 def canonical(checkpoint):
@@ -101,24 +101,30 @@ def describe(checkpoint, num_heads=None, image_size=None):
     config = ViTConfig(
         hidden_dim,
         checkpoint.count("layers.{i}.layernorm_before.weight"),
-        head_count(checkpoint, hidden_dim, num_heads or facts.get("num_attention_heads")),
+        head_count(checkpoint, hidden_dim, facts.get("num_attention_heads"), num_heads),
         checkpoint.shape("layers.0.mlp.fc1.weight", 2)[0],
         patch_size,
     )
+    class_token = "embeddings.cls_token" in tensors
     distilled = "embeddings.distillation_token" in tensors
     registers = 0
     if "embeddings.register_tokens" in tensors:
         registers = checkpoint.shape("embeddings.register_tokens", 3)[1]
     _, length, _ = checkpoint.shape("embeddings.position_embeddings", 3)
-    slots = (1 + distilled, 1 + distilled + registers)
+    slots = (class_token + distilled, class_token + distilled + registers)
     dinov2 = "layers.0.layer_scale1.lambda1" in tensors
     classes, features = 0, hidden_dim
     if "classifier.weight" in tensors:
         classes, features = checkpoint.shape("classifier.weight", 2)
-    plain = not (dinov2 or distilled or registers)
-    normalization = "minus_one_one" if plain else "imagenet"
+    pooling = "token" if class_token else "gap"
+    assumed = {}
+    if not (num_heads or facts.get("num_attention_heads")):
+        assumed["num_heads"] = config.num_heads
     if facts.get("image_mean") and facts.get("image_std"):
         normalization = normalization_of(facts["image_mean"], facts["image_std"])
+    else:
+        plain = not (dinov2 or distilled or registers)
+        normalization = assumed["normalization"] = "minus_one_one" if plain else "imagenet"
     return Description(
         {
             "variant": config,
@@ -127,7 +133,8 @@ def describe(checkpoint, num_heads=None, image_size=None):
             ),
             "num_classes": classes,
             "channels": channels,
-            "pooling": "token" if features == hidden_dim else "token+gap",
+            "pooling": pooling if features == hidden_dim else "token+gap",
+            "class_token": class_token,
             "distillation_token": distilled,
             "num_registers": registers,
             "layer_scale": 1.0 if dinov2 else None,
@@ -136,6 +143,9 @@ def describe(checkpoint, num_heads=None, image_size=None):
             "layer_norm_epsilon": facts.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12),
             "normalization": normalization,
         },
+        # As the models with and without registers do.
+        interpolation="antialiased_bicubic" if registers else "bicubic",
+        assumed=assumed,
     )
 
 

@@ -13,12 +13,13 @@ from keras_vit.model import build_vit, vit_arguments
 from keras_vit.positions import resize_positions, sincos2d
 from keras_vit.weights import google, huggingface, lucidrains, timm
 from keras_vit.weights.checkpoint import listed, open_checkpoint
-from keras_vit.weights.description import grid_of
+from keras_vit.weights.description import grid_of, normalization_of
 from keras_vit.weights.sources import checkpoint_facts, local_path
 
 FAMILIES = (google, timm, huggingface, lucidrains)
 HEAD = ("pre_logits/", "head/", "head_distillation/")
-_HEAD_WEIGHTS = tuple(f"{layer}{leaf}" for layer in HEAD for leaf in ("kernel", "bias"))
+HEAD_WEIGHTS = tuple(f"{layer}{leaf}" for layer in HEAD for leaf in ("kernel", "bias"))
+MINUS_ONE_ONE = ([0.5], [0.5])
 POSITIONS = "patch_encoder/position_embedding"
 TOKENS = ("patch_encoder/class_token", "patch_encoder/distillation_token")
 REGISTERS = "patch_encoder/registers"
@@ -46,11 +47,12 @@ def from_checkpoint(
             vision_transformer and big_vision), timm, Hugging Face (ViT, DeiT, DINOv2) and
             lucidrains' vit-pytorch.
         num_classes: None: the head of the file. 0: no head, the model gives pooled features
-            `(B, D)`. Another number than the file's: a new head of zeros, `pre_logits` left out.
+            `(B, D)` (`(B, 2 D)` for DINOv2 with its classifier). Another number than the file's:
+            a new head of zeros. `pre_logits` goes with the file's head.
         image_size: Side of the images in pixels, or `(height, width)`; None: the file's. The
             positions are resized to it.
         num_heads: Attention heads, for files that do not say (timm, lucidrains); None: those of
-            the variant of the same width.
+            the variant of the same width. A number that contradicts the file is an error.
         interpolation: How positions are resized, see `keras_vit.positions.resize_positions`;
             None: as the family's own code does.
         **overrides: Other arguments of `build_vit`, such as `drop_path=0.1` or
@@ -68,29 +70,23 @@ def from_checkpoint(
         UserWarning: The file does not say an argument, and a family's habit was taken.
     """
     checkpoint, family = _open(path)
-    asked = image_size
     description = _description(checkpoint, family, num_heads, image_size)
-    described = description.arguments
-    arguments = {**described, **overrides}
-    arguments["image_size"] = asked or described["image_size"]
-    if num_classes is not None:
-        arguments["num_classes"] = num_classes
-        if num_classes != described["num_classes"] and "representation_size" not in overrides:
-            arguments["representation_size"] = None
+    arguments = dict(description.arguments)
+    if image_size is not None:
+        arguments["image_size"] = image_size
+    if num_classes not in (None, arguments["num_classes"]):
+        arguments |= {"num_classes": num_classes, "representation_size": None}
     try:
-        model = build_vit(**arguments)
+        model = build_vit(**{**arguments, **overrides})
     except ValueError as error:
-        raise checkpoint.error(str(error)) from error
-    _load(model, checkpoint, family, described, interpolation)
-    assumed = [
-        f"{name}={arguments.get(name, described['variant'].num_heads)!r}"
-        for name in description.assumed
-        if name not in overrides
-    ]
+        raise checkpoint.error(error) from error
+    _load(model, checkpoint, family, description, interpolation)
+    assumed = {k: value for k, value in description.assumed.items() if k not in overrides}
     if assumed:
+        took = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
         warnings.warn(
-            f"{checkpoint.path} does not say its {' and '.join(description.assumed)}: took "
-            f"{', '.join(assumed)}. Pass it to be sure.",
+            f"{checkpoint.path} does not say its {' and '.join(assumed)}: took {took}. "
+            "Pass it to be sure.",
             stacklevel=2,
         )
     return model
@@ -99,9 +95,8 @@ def from_checkpoint(
 def load_weights(model, path, *, interpolation=None):
     """Loads a public checkpoint into a model of `build_vit`.
 
-    The positions are resized to the model's patches. The head (and `pre_logits`) is left as it is
-    if the file has none or one of another number of classes. The model is not changed if anything
-    is wrong.
+    The positions are resized to the model's patches. The head is left as it is if the file has
+    none or one of another number of classes. The model is not changed if anything is wrong.
 
     Example:
 
@@ -118,21 +113,23 @@ def load_weights(model, path, *, interpolation=None):
             of those that are missing, unexpected and mis-shaped.
 
     Warns:
-        UserWarning: The file was made with another GELU or another epsilon than the model's.
+        UserWarning: The file was made with another GELU, epsilon or normalisation than the
+            model's, or its head with another pooling.
     """
     arguments = vit_arguments(model)
     checkpoint, family = _open(path)
+    # Before the file is described: a model of another size is told by the names of its tensors.
+    _check_fit(checkpoint, family, _without_head(_weights(model)), arguments, arguments)
     description = _description(
         checkpoint, family, arguments["variant"].num_heads, arguments["image_size"]
     )
-    _load(model, checkpoint, family, description.arguments, interpolation)
-    for name in ("gelu", "layer_norm_epsilon"):
-        if arguments[name] != description.arguments[name]:
-            warnings.warn(
-                f"{checkpoint.path} was made with {name}={description.arguments[name]!r}, and the "
-                f"model has {name}={arguments[name]!r}: it computes something else.",
-                stacklevel=2,
-            )
+    _load(model, checkpoint, family, description, interpolation)
+    for name, (ours, theirs) in _differences(arguments, description).items():
+        warnings.warn(
+            f"{checkpoint.path} was made with {name}={theirs!r}, and the model has "
+            f"{name}={ours!r}: it computes something else.",
+            stacklevel=2,
+        )
 
 
 def save_checkpoint(model, path, family, *, overwrite=False):
@@ -140,7 +137,12 @@ def save_checkpoint(model, path, family, *, overwrite=False):
 
     "google" is a .npz file for vision_transformer and big_vision. "timm" is a .safetensors file
     for timm, in which a class token beside registers takes its position into itself, as timm's
-    models with registers expect (`no_embed_class`).
+    models with registers expect. The other code is to be told what no tensor says: that the
+    pixels are normalised outside of it, and for timm, beside the sizes,
+
+    - pooling="gap": `global_pool="avg"`, and `fc_norm=False` unless `norm_after_pooling`;
+    - registers: `reg_tokens`, `no_embed_class=True`; layer_scale: `init_values`;
+    - gelu="tanh": `act_layer="gelu_tanh"`; an epsilon other than 1e-6: `norm_layer`.
 
     Example:
 
@@ -156,6 +158,9 @@ def save_checkpoint(model, path, family, *, overwrite=False):
     Raises:
         ValueError: The family has no place for one of the model's parts, `path` has another
             suffix than the family's, or exists.
+
+    Warns:
+        UserWarning: A Google checkpoint of a model that does not normalise pixels to [-1, 1].
     """
     writers = {"google": (google, ".npz", _write_npz), "timm": (timm, ".safetensors", _write_timm)}
     if family not in writers:
@@ -165,7 +170,13 @@ def save_checkpoint(model, path, family, *, overwrite=False):
         raise ValueError(f"A {family} checkpoint must end in {suffix}. Received: {path}.")
     check_new(path, overwrite, "pass overwrite=True")
     arguments = vit_arguments(model)
-    arrays = {name: _to_numpy(weight) for name, weight in _weights(model).items()}
+    if family == "google" and arguments["normalization"] not in (None, MINUS_ONE_ONE):
+        warnings.warn(
+            "A Google checkpoint does not say how pixels are normalised: pass "
+            f"normalization={arguments['normalization']} when it is loaded.",
+            stacklevel=2,
+        )
+    arrays = {name: _to_numpy(weight).astype("float32") for name, weight in _weights(model).items()}
     _check_saveable(module, arguments, arrays)
     if module is timm:
         arrays = _with_positions_of_timm(arrays, arguments)
@@ -186,7 +197,7 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
         interpolation: See `keras_vit.positions.resize_positions`.
 
     Returns:
-        A new model with the other weights as they are, and layers as trainable as the model's.
+        A new model with the other weights as they are, frozen where the model's are.
 
     Raises:
         ValueError: `model` is not of `build_vit`, or the size does not divide into patches.
@@ -207,6 +218,8 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
         weight.assign(value)
     for layer in new.layers:
         layer.trainable = model.get_layer(layer.name).trainable
+    for name, weight in _weights(new).items():
+        weight.trainable = old_weights[name].trainable
     return new
 
 
@@ -253,15 +266,27 @@ def _least_size(arguments):
     return size + config.patch_size**2 * channels * width
 
 
-def _load(model, checkpoint, family, described, interpolation):
+def _differences(arguments, description):
+    """What a model computes otherwise than its file: name -> (the model's, the file's)."""
+    theirs = dict(description.arguments)
+    names = ["gelu", "layer_norm_epsilon"]
+    if arguments["num_classes"] == theirs["num_classes"] != 0:
+        names.append("pooling")
+    if arguments["normalization"] is not None and theirs["normalization"] is not None:
+        names.append("normalization")
+        arguments = {**arguments, "normalization": normalization_of(*arguments["normalization"])}
+    return {
+        name: (arguments[name], theirs[name]) for name in names if arguments[name] != theirs[name]
+    }
+
+
+def _load(model, checkpoint, family, description, interpolation):
     """Checks that everything fits and is finite, and only then assigns it."""
-    weights = _weights(model)
+    weights, described = _weights(model), description.arguments
     arguments = vit_arguments(model)
     if arguments["num_classes"] != described["num_classes"]:
-        weights = {name: w for name, w in weights.items() if not name.startswith(HEAD)}
-    entries = family.entries(weights, arguments)
-    unused = family.entries(_HEAD_WEIGHTS, described) if not _has_head(weights) else {}
-    _check_fit(checkpoint, family, weights, entries, unused)
+        weights = _without_head(weights, described.get("representation_size") is not None)
+    entries = _check_fit(checkpoint, family, weights, arguments, described)
     for name in (name for entry in entries.values() for name in entry.names):
         if not np.isfinite(_read(checkpoint, name)).all():
             raise checkpoint.error(f"{name} holds values that are not finite.")
@@ -277,7 +302,7 @@ def _load(model, checkpoint, family, described, interpolation):
             registers,
             grid_of(described),
             arguments,
-            interpolation or family.INTERPOLATION,
+            interpolation or description.interpolation,
         )
     # By their place in the file: of stacked blocks, one stack is held at a time.
     for name in sorted(weights, key=lambda name: checkpoint.tensors[entries[name].names[0]].name):
@@ -290,13 +315,21 @@ def _read(checkpoint, name):
         return checkpoint.tensors[name].read().astype("float32", copy=False)
 
 
-def _has_head(weights):
-    return any(name.startswith(HEAD) for name in weights)
+def _without_head(weights, pre_logits=False):
+    """Weights without those of the head; `pre_logits` may stay."""
+    head = HEAD[1:] if pre_logits else HEAD
+    return {name: weight for name, weight in weights.items() if not name.startswith(head)}
 
 
-def _check_fit(checkpoint, family, weights, entries, unused):
-    """ValueError with the names of the tensors that keep the file from fitting the model."""
+def _check_fit(checkpoint, family, weights, arguments, described):
+    """Where the weights stand in the file; its head may be left over if they have none.
+
+    ValueError with the names of the tensors that keep the file from fitting the model.
+    """
     tensors = checkpoint.tensors
+    entries = family.entries(weights, arguments)
+    has_head = any(name.startswith("head/") for name in weights)
+    spare = {} if has_head else family.entries(HEAD_WEIGHTS, described)
     missing = [weight for weight in weights if weight not in entries]
     misshaped, used = [], set()
     for weight, entry in entries.items():
@@ -311,7 +344,7 @@ def _check_fit(checkpoint, family, weights, entries, unused):
                 expected = (1, shape[1] if len(shape) == 3 else -1, expected[2])
             if shape != expected:
                 misshaped.append(f"{name} {shape}, expected {expected}")
-    used |= {name for entry in unused.values() for name in entry.names}
+    used |= {name for entry in spare.values() for name in entry.names}
     unexpected = [tensor.name for name, tensor in tensors.items() if name not in used]
     problems = [
         f"  {kind} ({len(names)}): {listed(names)}"
@@ -327,6 +360,7 @@ def _check_fit(checkpoint, family, weights, entries, unused):
             f"the file (of the family {family.NAME}) does not fit the model.\n"
             + "\n".join(problems)
         )
+    return entries
 
 
 def _place(table, registers, grid_size, arguments, interpolation):
@@ -360,7 +394,7 @@ def _weights(model):
 
 
 def _to_numpy(weight):
-    return keras.ops.convert_to_numpy(weight.value).astype("float32")
+    return keras.ops.convert_to_numpy(weight.value)
 
 
 def _check_saveable(family, arguments, weights):
@@ -370,8 +404,11 @@ def _check_saveable(family, arguments, weights):
         for name, expected in family.FIXED.items()
         if arguments[name] != expected
     ]
-    if arguments["pooling"] not in family.POOLINGS:
-        wrong.append(f"pooling={arguments['pooling']!r} (expected {' or '.join(family.POOLINGS)})")
+    pooling, prefix = arguments["pooling"], arguments["class_token"] or arguments["num_registers"]
+    if pooling not in family.POOLINGS:
+        wrong.append(f"pooling={pooling!r} (expected {' or '.join(family.POOLINGS)})")
+    elif bool(prefix) not in family.POOLINGS[pooling]:
+        wrong.append(f"pooling={pooling!r} beside a class token or registers")
     if arguments["variant"].head_dim is not None:
         wrong.append(f"head_dim={arguments['variant'].head_dim} (expected None)")
     wrong += sorted(set(weights) - set(family.entries(weights, arguments)))

@@ -13,7 +13,6 @@ from keras_vit.weights.description import Description, file_image_size
 from keras_vit.weights.entries import torch_entries
 
 NAME = "lucidrains"
-INTERPOLATION = "antialiased_bicubic"
 
 MODULES = {
     "patch_encoder/patch_norm": "to_patch_embedding.1",
@@ -59,7 +58,8 @@ def describe(checkpoint, num_heads=None, image_size=None):
     """The `Description` of a canonical checkpoint.
 
     Heads are 64 wide, as by the library's default, unless `num_heads` says otherwise. Images are
-    taken as they come: the library does not say how to normalise pixels.
+    gray if a patch has a square number of values, else RGB, and taken as they come: the library
+    does not say how to normalise pixels.
     """
     tensors = checkpoint.tensors
     hidden_dim, patch_values = checkpoint.shape("to_patch_embedding.2.weight", 2)
@@ -104,7 +104,9 @@ def describe(checkpoint, num_heads=None, image_size=None):
             "layer_norm_epsilon": 1e-5,
             "normalization": None,
         },
-        assumed=() if num_heads else ("num_heads",),
+        interpolation="antialiased_bicubic",
+        assumed=({} if num_heads else {"num_heads": heads})
+        | ({"channels": channels} if channels == 1 else {}),
     )
 
 

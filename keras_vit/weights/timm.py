@@ -17,9 +17,9 @@ from keras_vit.weights.description import (
 from keras_vit.weights.entries import convolution, torch_entries
 
 NAME = "timm"
-INTERPOLATION = "antialiased_bicubic"
 FIXED = {"patch_norm": False}
-POOLINGS = ("token", "gap", "map")
+# Pooling -> whether there may be tokens before the patches; "map" would leave them out.
+POOLINGS = {"token": (True,), "gap": (True, False), "map": (False,)}
 
 MODULES = {
     "patch_encoder/projection": "patch_embed.proj",
@@ -58,6 +58,11 @@ RENAMED = (
 )
 IGNORED = {"mask_token"}
 CONFIG_POOLINGS = {"token": "token", "avg": "gap", "map": "map"}
+GELUS = {"gelu": "erf", "gelu_tanh": "tanh"}
+# Architectures that are built with act_layer="gelu_tanh".
+TANH = r"so400m_patch16_siglip|giantopt|base_patch32_siglip|large_patch16_siglip(_gap)?_512"
+# Blocks with the norm after each branch, under the same names.
+POST_NORM = r"_rpn_"
 
 
 def matches(names):
@@ -84,13 +89,13 @@ def describe(checkpoint, num_heads=None, image_size=None):
     if the file has a distillation token (DeiT), or LayerScale and patches of 14 pixels (DINOv2).
     """
     tensors, facts = checkpoint.tensors, checkpoint.config
+    _check_architecture(checkpoint)
     hidden_dim, channels, patch_size, _ = checkpoint.shape("patch_embed.proj.weight", 4)
-    if "blocks.0.attn.q_norm.weight" in tensors:
-        num_heads = hidden_dim // checkpoint.shape("blocks.0.attn.q_norm.weight", 1)[0]
+    heads = _known_heads(checkpoint, hidden_dim)
     config = ViTConfig(
         hidden_dim,
         checkpoint.count("blocks.{i}.norm1.weight"),
-        head_count(checkpoint, hidden_dim, num_heads or _known_heads(facts)),
+        head_count(checkpoint, hidden_dim, heads, num_heads),
         checkpoint.shape("blocks.0.mlp.fc1.weight", 2)[0],
         patch_size,
     )
@@ -99,12 +104,14 @@ def describe(checkpoint, num_heads=None, image_size=None):
     _, length, _ = checkpoint.shape("pos_embed", 3)
     slots = (placed, 0, placed + registers)
     pretrained = facts.get("pretrained_cfg") or {}
-    known = facts.get("image_size") or (pretrained.get("input_size") or [None])[1:] or None
-    mean, std = pretrained.get("mean"), pretrained.get("std")
+    file_size = facts.get("image_size") or (pretrained.get("input_size") or [None])[1:] or None
     scaled = "blocks.0.ls1.gamma" in tensors
+    assumed = {}
+    if not (heads or num_heads or "architecture" in facts):
+        assumed["num_heads"] = config.num_heads
     arguments = {
         "variant": config,
-        "image_size": file_image_size(checkpoint, config, length, slots, known, image_size),
+        "image_size": file_image_size(checkpoint, config, length, slots, file_size, image_size),
         "num_classes": checkpoint.shape("head.bias")[0] if "head.bias" in tensors else 0,
         "channels": channels,
         "pooling": _pooling(checkpoint),
@@ -115,26 +122,76 @@ def describe(checkpoint, num_heads=None, image_size=None):
         "layer_scale": 1e-5 if scaled else None,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
-        "gelu": facts.get("gelu", "erf"),
+        "gelu": _gelu(checkpoint),
         "layer_norm_epsilon": facts.get("layer_norm_epsilon", 1e-6),
     }
-    if "normalization" in facts or (mean and std):
-        known = facts.get("normalization", (mean, std))
-        normalization = known and normalization_of(*known)
-        return Description({**arguments, "normalization": normalization})
-    imagenet = "dist_token" in tensors or (scaled and patch_size == 14)
-    normalization = "imagenet" if imagenet else "minus_one_one"
-    return Description({**arguments, "normalization": normalization}, assumed=("normalization",))
+    if "normalization" in facts:
+        arguments["normalization"] = facts["normalization"] and normalization_of(
+            *facts["normalization"]
+        )
+    elif pretrained.get("mean") and pretrained.get("std"):
+        arguments["normalization"] = normalization_of(pretrained["mean"], pretrained["std"])
+    else:
+        imagenet = "dist_token" in tensors or (scaled and patch_size == 14)
+        assumed["normalization"] = "imagenet" if imagenet else "minus_one_one"
+    if arguments["pooling"] == "map" and not facts:
+        assumed["gelu"] = arguments["gelu"]  # some of SigLIP's models have the other
+    return Description({**arguments, **_but_heads(assumed)}, "antialiased_bicubic", assumed)
 
 
-def _known_heads(facts):
-    """The head count in the metadata of `save_checkpoint` or in timm's config.json."""
+def _but_heads(assumed):
+    """What is assumed, but for the head count, which is in the `ViTConfig`."""
+    return {name: value for name, value in assumed.items() if name != "num_heads"}
+
+
+def _known_heads(checkpoint, hidden_dim):
+    """The head count, if norms of single heads, our metadata or timm's config.json say it."""
+    if "blocks.0.attn.q_norm.weight" in checkpoint.tensors:
+        return hidden_dim // checkpoint.shape("blocks.0.attn.q_norm.weight", 1)[0]
+    facts = checkpoint.config
     return facts.get("num_heads") or (facts.get("model_args") or {}).get("num_heads")
 
 
+def _check_architecture(checkpoint):
+    """ValueError for models that compute something else under the same names."""
+    facts, tensors = checkpoint.config, checkpoint.tensors
+    architecture = facts.get("architecture", "")
+    if re.search(POST_NORM, architecture):
+        raise checkpoint.error(
+            f"models with the norm after each branch are not supported. "
+            f"Received: architecture={architecture!r}."
+        )
+    prefix = [name for name in ("cls_token", "dist_token", "reg_token") if name in tensors]
+    whole = (facts.get("model_args") or {}).get("pool_include_prefix")
+    if "attn_pool.latent" in tensors and prefix and not whole:
+        raise checkpoint.error(
+            "its attention pooling leaves out the tokens before the patches, which is not "
+            f"supported. Received: {', '.join(prefix)}."
+        )
+
+
+def _gelu(checkpoint):
+    facts = checkpoint.config
+    if "gelu" in facts:  # our metadata
+        return facts["gelu"]
+    name = (facts.get("model_args") or {}).get("act_layer", "gelu")
+    if re.search(TANH, facts.get("architecture", "")):
+        name = "gelu_tanh"
+    if name not in GELUS:
+        raise checkpoint.error(
+            f"`act_layer` must be one of {', '.join(GELUS)}. Received: act_layer={name!r}."
+        )
+    return GELUS[name]
+
+
 def _pooling(checkpoint):
-    if known := CONFIG_POOLINGS.get(checkpoint.config.get("global_pool")):
-        return known
+    if known := checkpoint.config.get("global_pool"):
+        if known not in CONFIG_POOLINGS:
+            raise checkpoint.error(
+                f"`global_pool` must be one of {', '.join(CONFIG_POOLINGS)}. "
+                f"Received: global_pool={known!r}."
+            )
+        return CONFIG_POOLINGS[known]
     if "attn_pool.latent" in checkpoint.tensors:
         return "map"
     if "fc_norm.weight" in checkpoint.tensors or "cls_token" not in checkpoint.tensors:

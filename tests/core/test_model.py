@@ -251,6 +251,7 @@ def test_names():
     assert build_vit("Ti/16", image_size=32).name == "vit_Ti16"
     assert build_vit("R+Ti/16", image_size=32).name == "vit_R_Ti16"
     assert build_vit("Ti/16", image_size=32, patch_size=8).name == "vit_Ti8"
+    assert build_vit(VARIANTS["Ti/16"], image_size=32).name == "vit_Ti16"
     assert build_vit(CONFIG, image_size=8).name == "vit"
     assert build_vit(CONFIG, image_size=8, name="mine").name == "mine"
 

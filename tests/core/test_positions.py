@@ -79,11 +79,14 @@ def test_resize_model(arguments, placed):
     """Only the positions of the patches change, and a round trip of a linear ramp is exact."""
     model = randomise(keras_vit.build_vit(CONFIG, image_size=(12, 20), num_classes=7, **arguments))
     model.get_layer("block_0").trainable = False
+    model.get_layer("head").kernel.trainable = False
     resized = keras_vit.resize_model(model, (8, 28), interpolation="linear")
     assert resized.input_shape == (None, 8, 28, 3)
     assert resized.name == model.name
     assert not resized.get_layer("block_0").trainable
     assert resized.get_layer("block_1").trainable
+    frozen = [not weight.trainable for weight in resized.weights]
+    assert frozen == [not weight.trainable for weight in model.weights]
     for old, new in zip(model.weights, resized.weights, strict=True):
         before, after = map(keras.ops.convert_to_numpy, (old, new))
         if old.path == "patch_encoder/position_embedding":

@@ -15,6 +15,7 @@ from conftest import randomise
 
 import keras_vit
 from keras_vit.model import vit_arguments
+from keras_vit.weights.description import normalization_of
 
 DATA = pathlib.Path(__file__).parent.parent / "data" / "checkpoints"
 NAMES = sorted(folder.name for folder in DATA.iterdir() if folder.is_dir())
@@ -160,6 +161,14 @@ def test_features_of_a_distilled_model():
     assert_same(predict(features, images), tokens[:, :2].mean(axis=1))
 
 
+def test_pre_logits_may_stay_without_the_head():
+    features = load("google_vit_prelogits", num_classes=0, representation_size=24)
+    original = load("google_vit_prelogits")
+    images = outputs("google_vit_prelogits")["images"]
+    expected = keras.Model(original.input, original.get_layer("pre_logits").output)
+    np.testing.assert_array_equal(predict(features, images), predict(expected, images))
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -211,7 +220,7 @@ def test_recognised_architecture(name, expected):
         ("lucidrains_vit_cls", None),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*does not say its normalization")
+@pytest.mark.filterwarnings("ignore:.*does not say its")
 def test_normalisation_of_the_family(name, scale):
     model = keras_vit.from_checkpoint(weights_file(name), num_heads=3)
     layers = {layer.name: layer for layer in model.layers}
@@ -225,6 +234,12 @@ def test_what_is_assumed_is_said():
         keras_vit.from_checkpoint(path, num_heads=3)
     with pytest.warns(UserWarning, match=r"does not say its num_heads: took num_heads=3"):
         keras_vit.from_checkpoint(weights_file("lucidrains_vit_cls"))
+    with pytest.warns(UserWarning, match=r"does not say its normalization.*'imagenet'"):
+        keras_vit.from_checkpoint(weights_file("hf_dinov2"), num_heads=3)
+    with pytest.warns(UserWarning, match=r"does not say its image_size: took image_size=224"):
+        keras_vit.from_checkpoint(weights_file("bigvision_gap_sincos"))
+    with pytest.warns(UserWarning, match=r"its normalization and gelu: took .*gelu='erf'"):
+        keras_vit.from_checkpoint(weights_file("timm_map"), num_heads=3)
 
 
 @pytest.mark.parametrize("name", ["timm_token", "hf_vit", "lucidrains_vit_headdim"])
@@ -446,6 +461,55 @@ def test_config_of_huggingface(tmp_path):
     assert found["normalization"] == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "match"),
+    [
+        ("timm_token", {"architecture": "vit_base_patch16_rpn_224"}, r"norm after each branch"),
+        ("timm_token", {"global_pool": "avgmax"}, r"`global_pool` must be .*'avgmax'"),
+        ("timm_token", {"model_args": {"act_layer": "silu"}}, r"`act_layer` must be .*'silu'"),
+        ("timm_token", {"model_args": {"num_heads": 6}}, r"has 6 heads. Received: num_heads=3"),
+        ("hf_vit", {"num_attention_heads": 6}, r"has 6 heads. Received: num_heads=3"),
+    ],
+)
+def test_config_of_a_model_that_is_not_ours(name, config, match, tmp_path):
+    folder = folder_with(tmp_path, name, config=config)
+    with pytest.raises(ValueError, match=rf"model.safetensors: .*{match}"):
+        keras_vit.from_checkpoint(folder, num_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "gelu"),
+    [
+        ({"architecture": "vit_so400m_patch16_siglip_256"}, "tanh"),
+        ({"model_args": {"act_layer": "gelu_tanh"}}, "tanh"),
+        ({"architecture": "vit_base_patch16_siglip_256"}, "erf"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*does not say its")
+def test_gelu_of_timms_architectures(config, gelu, tmp_path):
+    folder = folder_with(tmp_path, "timm_map", config=config)
+    assert vit_arguments(keras_vit.from_checkpoint(folder, num_heads=3))["gelu"] == gelu
+
+
+def test_attention_pooling_of_timm_leaves_prefix_tokens_out(tmp_path):
+    """So a file with both is refused, unless its config.json says that they are pooled too."""
+    arrays = dict(tensors("timm_map"))
+    arrays["cls_token"] = np.ones((1, 1, 24), "float32")
+    path = write_safetensors(tmp_path / "model.safetensors", arrays)
+    with pytest.raises(ValueError, match=r"leaves out the tokens .*Received: cls_token"):
+        load("timm_map", path)
+    config = {"model_args": {"pool_include_prefix": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load("timm_map", path).get_layer("patch_encoder").use_class_token
+
+
+def test_normalisation_of_a_config_with_a_name(tmp_path):
+    """Three equal values are one: they fit a hybrid's error message and read as a name."""
+    assert normalization_of([0.5] * 3, [0.5] * 3) == "minus_one_one"
+    assert normalization_of([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) == "imagenet"
+    assert normalization_of([0.5], [0.25]) == ((0.5,), (0.25,))
+
+
 def test_config_with_another_activation(tmp_path):
     folder = folder_with(tmp_path, "hf_vit", config={"hidden_act": "relu"})
     with pytest.raises(ValueError, match=r"model.safetensors: .*activation.*hidden_act='relu'"):
@@ -495,6 +559,7 @@ def positions_of(model):
         ("bigvision_map", "linear"),
         ("timm_token", "antialiased_bicubic"),
         ("hf_dinov2", "bicubic"),
+        ("hf_dinov2_registers", "antialiased_bicubic"),
     ],
 )
 def test_positions_are_resized_as_the_family_does(name, interpolation):
@@ -570,7 +635,11 @@ TANH = {"gelu": "tanh"}
     [
         (CONFIG, TANH, "google"),
         (CONFIG, {**TANH, "pooling": "gap", "class_token": False}, "google"),
-        (CONFIG, {**TANH, "pooling": "map", "position": "sincos2d"}, "google"),
+        (
+            CONFIG,
+            {**TANH, "pooling": "map", "class_token": False, "position": "sincos2d"},
+            "google",
+        ),
         (CONFIG, {**TANH, "representation_size": 11}, "google"),
         (CONFIG, {**TANH, "num_classes": 0}, "google"),
         (CONFIG, {**TANH, "channels": 5}, "google"),
@@ -624,6 +693,9 @@ def test_positions_of_sincos_become_timms_learned_ones(tmp_path):
         ({**TANH, "qkv_bias": False}, "google", r"qkv_bias=False"),
         ({**TANH, "pooling": "mean"}, "google", r"pooling='mean' \(expected token or gap or map\)"),
         ({**TANH, "num_registers": 2}, "google", r"patch_encoder/registers"),
+        ({**TANH, "pooling": "gap"}, "google", r"pooling='gap' beside a class token"),
+        ({**TANH, "pooling": "map"}, "google", r"pooling='map' beside a class token"),
+        ({"pooling": "map"}, "timm", r"pooling='map' beside a class token"),
         ({**TANH, "norm_after_pooling": True}, "google", r"pooled_norm/beta, pooled_norm/gamma"),
         ({"patch_norm": True}, "timm", r"'timm' has no place.*patch_norm=True"),
         ({"pooling": "token+gap"}, "timm", r"pooling='token\+gap'"),
@@ -703,6 +775,31 @@ def test_load_weights_warns_of_another_gelu():
     model = keras_vit.build_vit(config, image_size=32, num_classes=7, layer_norm_epsilon=1e-3)
     with pytest.warns(UserWarning, match=r"made with layer_norm_epsilon=1e-06"):
         keras_vit.load_weights(model, weights_file("timm_token"))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not say its")
+def test_load_weights_warns_of_another_normalisation_and_pooling():
+    base = {"variant": keras_vit.ViTConfig(24, 3, 3, 96, 8), "image_size": 32, "num_classes": 7}
+    model = keras_vit.build_vit(**base, normalization="imagenet")
+    with pytest.warns(UserWarning, match=r"made with normalization='minus_one_one'.*'imagenet'"):
+        keras_vit.load_weights(model, weights_file("timm_token"))
+    model = keras_vit.build_vit(**base, pooling="gap")
+    with pytest.warns(UserWarning, match=r"made with pooling='token'.*pooling='gap'"):
+        keras_vit.load_weights(model, weights_file("timm_token"))
+
+
+@pytest.mark.parametrize("name", ["timm_token", "hf_vit", "lucidrains_vit_cls"])
+def test_a_model_of_another_width_is_told_the_shapes(name):
+    """Not that the heads do not divide: the model has 5, and the file a width of 24."""
+    model = keras_vit.build_vit(keras_vit.ViTConfig(40, 3, 5, 96, 8), image_size=32, num_classes=7)
+    with pytest.raises(ValueError, match=r"mis-shaped \(\d+\): .*expected \(40"):
+        keras_vit.load_weights(model, weights_file(name))
+
+
+def test_saving_for_google_warns_of_the_normalisation(tmp_path):
+    model = keras_vit.build_vit(CONFIG, image_size=8, gelu="tanh", normalization="imagenet")
+    with pytest.warns(UserWarning, match=r"pass normalization=\(\[0.485, 0.456, 0.406\]"):
+        keras_vit.save_checkpoint(model, tmp_path / "vit.npz", "google")
 
 
 def test_heads_that_the_file_knows_must_be_the_models():
