@@ -293,6 +293,19 @@ def test_other_arguments_replace_when_asked(weights, probed, tmp_path, extractio
     )
 
 
+def test_pixels_of_a_checkpoint_that_does_not_say(tmp_path):
+    """Without a normalisation of its own, the model does not take pixels as they come."""
+    model = keras_vit.build_vit(
+        ViTConfig(20, 1, 5, 24, 4), image_size=8, num_classes=2, normalization=None
+    )
+    keras_vit.save_checkpoint(model, tmp_path / "raw.safetensors", "timm")
+    with pytest.warns(UserWarning, match=r"does not say its normalization: took 'minus_one_one'"):
+        result = probe(
+            tmp_path / "raw.safetensors", "digits", tmp_path / "out", train_images=40, test_images=9
+        )
+    assert result.info["model"]["normalization"] == [[0.5], [0.5]]
+
+
 def test_other_data_are_refused(weights, probed, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "photos" / name).mkdir(parents=True)

@@ -33,9 +33,9 @@ from keras_vit.data import load_data
 from keras_vit.data.pipeline import resize
 from keras_vit.files import replacing, write_json
 from keras_vit.model import vit_arguments
+from keras_vit.training.backbone import load_backbone
 from keras_vit.training.fewshot import few_shot_accuracies
 from keras_vit.versions import versions
-from keras_vit.weights import from_checkpoint
 from keras_vit.weights.sources import local_path, sha256
 
 SPLITS = ("train", "validation", "test")
@@ -156,13 +156,12 @@ def probe(
     out = pathlib.Path(out)
     check_probe_folder(out)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    digest = sha256(local_path(weights))
-    overrides = {} if normalization is None else {"normalization": normalization}
-    model = from_checkpoint(
-        weights, num_classes=0, image_size=image_size, num_heads=num_heads, **overrides
+    path = local_path(weights)
+    model = load_backbone(
+        path, image_size=image_size, num_heads=num_heads, normalization=normalization
     )
     data = load_data(data, skip_unreadable=skip_unreadable)
-    info = {"weights": str(weights), "sha256": digest, **_describe(model, data, limits)}
+    info = {"weights": str(weights), "sha256": sha256(path), **_describe(model, data, limits)}
     check_stored(out, info, overwrite)
     _print_header(console, info, data)
     features, seconds = _features(out, info, model, data, batch_size, console)

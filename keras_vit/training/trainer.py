@@ -16,20 +16,17 @@ from keras_vit.data import load_data
 from keras_vit.data.pipeline import evaluation_batches, training_batches
 from keras_vit.files import replacing
 from keras_vit.model import build_vit, vit_arguments
+from keras_vit.training.backbone import load_backbone
 from keras_vit.training.callbacks import Checkpoints, Progress, StopOnNonFinite
 from keras_vit.training.evaluation import evaluate
 from keras_vit.training.optimizers import build_optimizer
 from keras_vit.training.recipes import resolve_recipe
 from keras_vit.training.run import Run, check_run_folder, new_run_folder, save_run
 from keras_vit.versions import versions
-from keras_vit.weights import from_checkpoint
 from keras_vit.weights.loading import HEAD
 from keras_vit.weights.sources import local_path, sha256
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
-
-# For a checkpoint that does not say how its pixels were normalised: that of the paper's code.
-ASSUMED_NORMALIZATION = "minus_one_one"
 
 
 def train(
@@ -97,8 +94,15 @@ def train(
     early = resolve_recipe(recipe, (0, 0), overrides, weights)
     source = backbone = None
     if weights is not None:
-        source = _describe_weights(weights, num_heads)
-        backbone = load_backbone(early, weights, num_heads)
+        path = local_path(weights)
+        source = {"path": str(weights), "sha256": sha256(path), "num_heads": num_heads}
+        backbone = load_backbone(
+            path,
+            image_size=early.image_size,
+            num_heads=num_heads,
+            pooling=early.pooling,
+            normalization=early.normalization,
+        )
     console = Console(soft_wrap=True, highlight=False, markup=False)
     data = load_data(data, skip_unreadable=skip_unreadable)
     recipe = resolve_recipe(recipe, data.image_size, overrides, weights)
@@ -136,24 +140,6 @@ def _check_arguments(precision, weights, num_heads):
         raise ValueError(f"`num_heads` is for `weights` alone. Received: num_heads={num_heads!r}.")
 
 
-def load_backbone(recipe, weights, num_heads=None):
-    """The model of a checkpoint without its head; images `(B, H, W, 3)` -> features `(B, D)`."""
-    overrides = {"pooling": recipe.pooling, "normalization": recipe.normalization}
-    model = from_checkpoint(
-        weights,
-        num_classes=0,
-        image_size=recipe.image_size,
-        num_heads=num_heads,
-        **{name: value for name, value in overrides.items() if value is not None},
-    )
-    if model.input_shape[-1] != 3:
-        raise ValueError(
-            "The checkpoint's model must take images of 3 channels, as the data are. "
-            f"Received: weights={str(weights)!r}, of {model.input_shape[-1]} channels."
-        )
-    return model
-
-
 def build_model(recipe, num_classes, backbone=None):
     """The model of a recipe, or a copy of a backbone with a head of zeros."""
     if backbone is not None:
@@ -177,7 +163,6 @@ def _build_on(backbone, recipe, num_classes):
     frozen = recipe.freeze_backbone
     arguments |= {
         "num_classes": num_classes,
-        "normalization": arguments["normalization"] or ASSUMED_NORMALIZATION,
         "dropout": 0.0 if frozen else recipe.dropout,
         "drop_path": 0.0 if frozen else recipe.drop_path,
     }
@@ -290,12 +275,6 @@ def _drop_optimizer(run):
         model = keras.saving.load_model(path, compile=False)
         with replacing(path) as temporary:
             model.save(temporary)
-
-
-def _describe_weights(weights, num_heads):
-    """What run.json says of the checkpoint."""
-    digest = sha256(local_path(weights))
-    return {"path": str(weights), "sha256": digest, "num_heads": num_heads}
 
 
 def _describe(data, weights, recipe, options, model):

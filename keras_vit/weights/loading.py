@@ -74,7 +74,7 @@ def from_checkpoint(
     arguments = dict(description.arguments)
     if image_size is not None:
         arguments["image_size"] = image_size
-    if num_classes not in (None, arguments["num_classes"]):
+    if num_classes == 0 or num_classes not in (None, arguments["num_classes"]):
         arguments |= {"num_classes": num_classes, "representation_size": None}
     try:
         model = build_vit(**{**arguments, **overrides})
