@@ -518,3 +518,10 @@ def test_the_table_agrees_with_the_names():
 def test_the_table_cannot_be_changed():
     with pytest.raises(TypeError, match="does not support item assignment"):
         GOOGLE_CHECKPOINTS["https://a.b/c.npz"] = None
+
+
+def test_a_name_of_the_hub_without_its_scheme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    match = r"no such file.* hub: hf://google/vit-base-patch16-224\. Received: path='google/"
+    with pytest.raises(ValueError, match=match):
+        local_path("google/vit-base-patch16-224")

@@ -26,6 +26,7 @@ from keras_vit.versions import versions
 from keras_vit.weights.loading import HEAD
 from keras_vit.weights.sources import local_path, sha256
 
+LARGE_SIDE = 384  # pixels, the paper's for fine-tuning
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
@@ -122,6 +123,8 @@ def train(
         run = Run(folder, info)
         save_run(run)
         _print_header(console, run, model)
+        if weights is not None and recipe.image_size is None:
+            _print_large(console, model)
         for path in data.skipped:
             console.print(f"skipped {path}")
         _fit_and_record(run, model, data, recipe, console)
@@ -334,6 +337,16 @@ def _size(recipe, model):
         size = f"{config.depth} blocks of width {config.hidden_dim}"
         patch_size = config.patch_size
     return f"{size}, patches of {patch_size} px" if patch_size else size
+
+
+def _print_large(console, model):
+    """Says what large images of a checkpoint cost, which are easily more than there is memory."""
+    side = max(model.input_shape[1:3])
+    if side > LARGE_SIDE:
+        console.print(
+            f"note: {side} px, the checkpoint's own size, takes much memory and time; a smaller "
+            "image_size (--image-size) or batch_size (--batch-size) takes less"
+        )
 
 
 def plot_curves(folder):

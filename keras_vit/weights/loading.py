@@ -114,7 +114,12 @@ def load_weights(model, path, *, interpolation=None):
     arguments = vit_arguments(model)
     checkpoint, family = _open(path)
     # Before the file is described: a model of another size is told by the names of its tensors.
-    _check_fit(checkpoint, family, _without_head(weights_by_path(model)), arguments, arguments)
+    try:
+        _check_fit(checkpoint, family, _without_head(weights_by_path(model)), arguments, arguments)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\n`keras_vit.from_checkpoint` builds the model that the file is of."
+        ) from error
     description = _description(
         checkpoint, family, arguments["variant"].num_heads, arguments["image_size"]
     )

@@ -77,7 +77,9 @@ def local_path(path):
 def _existing(path):
     local = os.path.expanduser(path)
     if not os.path.exists(local):
-        raise ValueError(f"There is no such file or folder. Received: path={str(path)!r}.")
+        named = str(path).count("/") == 1 and pathlib.Path(path).suffix not in _WEIGHT_FILES
+        hub = f" If it is a name of the Hugging Face hub: hf://{path}." if named else ""
+        raise ValueError(f"There is no such file or folder.{hub} Received: path={str(path)!r}.")
     return pathlib.Path(local)
 
 

@@ -755,6 +755,12 @@ def test_load_weights_names_what_does_not_fit(arguments, match):
         np.testing.assert_array_equal(old, new)
 
 
+def test_a_model_that_does_not_fit_is_told_what_builds_one():
+    model = keras_vit.build_vit(keras_vit.ViTConfig(24, 3, 3, 96, 8), image_size=32, num_classes=7)
+    with pytest.raises(ValueError, match=r"unexpected \(6\).*\n`keras_vit.from_checkpoint` builds"):
+        keras_vit.load_weights(model, weights_file("timm_nonsquare_ls"))
+
+
 def test_load_weights_keeps_the_head_of_other_classes():
     config = keras_vit.ViTConfig(24, 3, 3, 96, 8)
     model = randomise(keras_vit.build_vit(config, image_size=32, num_classes=5))
