@@ -212,7 +212,7 @@ def _least_size(arguments):
 
 def _differences(arguments, description):
     """What a model computes otherwise than its file: name -> (the model's, the file's)."""
-    theirs = dict(description.arguments)
+    theirs = description.arguments
     names = ["gelu", "layer_norm_epsilon"]
     if arguments["num_classes"] == theirs["num_classes"] != 0:
         names.append("pooling")
