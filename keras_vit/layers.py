@@ -5,7 +5,9 @@ Shapes: B images, H x W pixels, C channels, P x P patches, N tokens, D hidden wi
 Everything is `keras.ops`, of rank 4 at most, so that mobile delegates can run it.
 """
 
+import contextlib
 import math
+import threading
 
 import keras
 from keras import ops
@@ -60,6 +62,55 @@ def xavier_uniform(fan_in, fan_out):
     """Glorot's uniform initialiser of a `(fan_in, fan_out)` matrix that is part of a fused one."""
     limit = math.sqrt(6.0 / (fan_in + fan_out))
     return keras.initializers.RandomUniform(-limit, limit)
+
+
+_draws = threading.local()  # the replicas of a strategy are threads
+
+
+@contextlib.contextmanager
+def drawing_by(uniform):
+    """Lets a function draw the numbers of every `Dropout` that is called within the block.
+
+    Args:
+        uniform: Function (seed, shape) -> float32 tensor of `shape` with values in [0, 1); seed
+            are the two integers of the layer's `SeedGenerator`, of which the first is its own.
+    """
+    before = getattr(_draws, "uniform", None)
+    _draws.uniform = uniform
+    try:
+        yield
+    finally:
+        _draws.uniform = before
+
+
+@keras.saving.register_keras_serializable(package="keras_vit")
+class Dropout(keras.layers.Dropout):
+    """`keras.layers.Dropout`, whose masks can be drawn by somebody else: see `drawing_by`.
+
+    Keras draws them from a state of the layer, which cannot tell the replicas of a distributed
+    batch apart. What trains on several replicas draws them by the image's place in the batch.
+
+    Args:
+        rate: As in `keras.layers.Dropout`, and so are the other arguments.
+
+    Call arguments:
+        inputs: Of any shape.
+        training: Whether to drop.
+
+    Source: arXiv 1207.0580; the values kept are divided by 1 - rate.
+    """
+
+    def call(self, inputs, training=False):
+        uniform = getattr(_draws, "uniform", None)
+        if uniform is None or not training or self.rate == 0:
+            return super().call(inputs, training=training)
+        noise_shape = self.noise_shape or (None,) * len(inputs.shape)
+        shape = [
+            size if own is None else own
+            for own, size in zip(noise_shape, ops.shape(inputs), strict=True)
+        ]
+        kept = uniform(self.seed_generator.state, shape) >= self.rate
+        return ops.where(kept, inputs / (1 - self.rate), ops.zeros_like(inputs))
 
 
 @keras.saving.register_keras_serializable(package="keras_vit")
@@ -178,7 +229,7 @@ class PatchEncoder(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="projection",
         )
-        self.dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy, name="dropout")
+        self.dropout = Dropout(dropout, dtype=self.dtype_policy, name="dropout")
 
     def _layer_norm(self, name):
         return keras.layers.LayerNormalization(
@@ -333,8 +384,8 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         self.qk_norm = qk_norm
         self.layer_norm_epsilon = layer_norm_epsilon
         dtype = self.dtype_policy
-        self.dropout = keras.layers.Dropout(dropout, dtype=dtype, name="dropout")
-        self.attention_dropout = keras.layers.Dropout(
+        self.dropout = Dropout(dropout, dtype=dtype, name="dropout")
+        self.attention_dropout = Dropout(
             attention_dropout, dtype=dtype, name="attention_dropout"
         )
         if qk_norm:
@@ -419,7 +470,7 @@ class FeedForward(keras.layers.Layer):
         check_choice("gelu", gelu, GELUS)
         self.mlp_dim = mlp_dim
         self.gelu = gelu
-        self.dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy, name="dropout")
+        self.dropout = Dropout(dropout, dtype=self.dtype_policy, name="dropout")
 
     def _dense(self, units, name):
         return keras.layers.Dense(
@@ -559,7 +610,7 @@ class TransformerBlock(keras.layers.Layer):
         )
         self.layer_scale2 = self._layer_scale("layer_scale2")
         # One decision per image and branch: the mask is (B, 1, 1).
-        self.drop_path = keras.layers.Dropout(
+        self.drop_path = Dropout(
             drop_path, noise_shape=(None, 1, 1), dtype=dtype, name="drop_path"
         )
 

@@ -1,0 +1,320 @@
+"""`DistributedModel`: `model.fit` that gives the same model on one replica and on many."""
+
+import math
+
+import keras
+import tensorflow as tf
+
+from keras_vit.layers import drawing_by
+from keras_vit.training.keras_internals import StrategyModel, creation_strategy, inner_optimizers
+
+PHILOX = 1  # TensorFlow's number of the generator, which counts in blocks of four values
+BLOCK = 4
+
+
+@keras.saving.register_keras_serializable(package="keras_vit")
+class DistributedModel(StrategyModel):
+    """A `keras.Model` whose `fit` gives the same training on 1, 2 or 64 replicas.
+
+    w <- w - update(clip(sum over the replicas of their gradients)). What Keras does on each
+    replica alone is done for the global batch, under no strategy, MirroredStrategy and
+    MultiWorkerMirroredStrategy alike:
+
+    - `clipnorm`, `clipvalue` and `global_clipnorm` of the optimizer clip the summed gradient, and
+      the loss scale of float16 looks at it;
+    - the Dropout and DropPath of the layers of `keras_vit` draw their masks by the image's place
+      in the global batch and the optimizer's step, so that they do not depend on the number of
+      replicas and micro-batches; other random layers draw by replica;
+    - every image of a batch that does not divide into equal parts counts the same;
+    - XLA compiles the step of each replica, and `steps_per_execution` works.
+
+    Example:
+
+        with tf.distribute.MirroredStrategy().scope():
+            vit = keras_vit.build_vit("S/16", drop_path=0.1, normalization="imagenet")
+            model = DistributedModel(vit.inputs, vit.outputs)
+            model.compile("adamw", "sparse_categorical_crossentropy", micro_batches=4)
+        model.fit(dataset)
+
+    Args:
+        *args: As of `keras.Model`: inputs and outputs.
+        **kwargs: As of `keras.Model`.
+
+    Source: keras#20582, #20585, #19246, #19005 and #18145 are what it mends. Random numbers by
+    counter: "Parallel random numbers: as easy as 1, 2, 3" (Salmon et al., SC 2011).
+    """
+
+    def compile(
+        self,
+        optimizer="rmsprop",
+        loss=None,
+        *,
+        micro_batches=1,
+        mixing=None,
+        jit_compile="auto",
+        run_eagerly=False,
+        **kwargs,
+    ):
+        """As `keras.Model.compile`, in the scope of the strategy.
+
+        Args:
+            optimizer: An optimizer or its name.
+            loss: As in Keras; a mean over the batch.
+            micro_batches: Parts k >= 1 in which a replica goes through its part of a batch, one
+                after the other, before the one update: less memory for the same result. Divides
+                the images of a replica.
+            mixing: `keras_vit.training.Mixing` or None.
+            jit_compile: Whether XLA compiles the step; "auto": yes, on CPUs and under a strategy
+                too, where Keras does not.
+            run_eagerly: As in Keras.
+            **kwargs: As in Keras.
+
+        Raises:
+            ValueError: `micro_batches` is not a positive int, `keras.distribution` is set, or the
+                optimizer was made outside of the strategy's scope or has
+                `gradient_accumulation_steps` or `ema_overwrite_frequency` under a strategy.
+        """
+        if not isinstance(micro_batches, int) or micro_batches < 1:
+            raise ValueError(
+                f"`micro_batches` must be a positive int. Received: micro_batches={micro_batches!r}."
+            )
+        if keras.distribution.distribution() is not None:
+            raise ValueError(
+                "keras.distribution distributes nothing on the TensorFlow backend: make the model "
+                "in the scope of a tf.distribute.Strategy instead. Received: "
+                f"keras.distribution.distribution()={keras.distribution.distribution()!r}."
+            )
+        self.micro_batches = micro_batches
+        self.mixing = mixing
+        self.xla = not run_eagerly if jit_compile == "auto" else bool(jit_compile)
+        # Under a strategy, a replica's part of the step is compiled here instead of the whole.
+        whole_step = self.xla and self.strategy is None
+        super().compile(
+            optimizer, loss, jit_compile=whole_step, run_eagerly=run_eagerly, **kwargs
+        )
+        if self.strategy is not None:
+            for inner in inner_optimizers(self.optimizer):
+                _check_optimizer(inner, self.strategy)
+            self.share_out()
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        if config:
+            config["jit_compile"] = self.xla
+            config["micro_batches"] = self.micro_batches
+            config["mixing"] = keras.saving.serialize_keras_object(self.mixing)
+        return config
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def fit(self, *args, initial_step=0, **kwargs):
+        """As `keras.Model.fit`.
+
+        Args:
+            *args: As in Keras.
+            initial_step: Steps of the first epoch that lie behind already, in
+                [0, steps_per_epoch): `x` begins after them, and the epoch is so much shorter.
+            **kwargs: As in Keras; `initial_step` needs `steps_per_epoch`.
+
+        Returns:
+            The `History`.
+
+        Raises:
+            ValueError: `initial_step` is out of its range.
+        """
+        steps = kwargs.get("steps_per_epoch")
+        if initial_step and not 0 < initial_step < (steps or 0):
+            raise ValueError(
+                "`initial_step` must lie in [0, steps_per_epoch). Received: "
+                f"initial_step={initial_step!r}, steps_per_epoch={steps!r}."
+            )
+        self._steps_behind = initial_step
+        return super().fit(*args, **kwargs)
+
+    def train_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        step = tf.cast(self.optimizer.iterations, tf.int64)
+        first_row, share = _place_in_batch(x)
+        y, y_pred, loss, gradients = self._compiled(self._mean_gradients)(
+            x, y, sample_weight, step, first_row
+        )
+        self.update_loss(loss, _count(x))
+        gradients = _sum_over_replicas(gradients, share)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def test_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred = self._compiled(self._infer)(x)
+        loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
+        self.update_loss(loss, _count(x))
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def predict_step(self, data):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        return self._compiled(self._infer)(x)
+
+    def _infer(self, x):
+        return self(x, training=False)
+
+    def _compiled(self, function):
+        """A part of the step, compiled for one replica: made anew for each, as its variables are."""
+        if self.strategy is None or not self.xla:
+            return function
+        return tf.function(function, jit_compile=True, reduce_retracing=True, autograph=False)
+
+    def _mean_gradients(self, x, y, sample_weight, step, first_row):
+        """The labels, outputs, loss and gradients of a replica's part of the batch."""
+        if self.mixing is not None:
+            x, y = self.mixing(x, y, step)
+        if self.micro_batches == 1:
+            return y, *self._gradients(x, y, sample_weight, step, first_row)
+        return y, *self._accumulated_gradients(x, y, sample_weight, step, first_row)
+
+    def _gradients(self, x, y, sample_weight, step, first_row):
+        with tf.GradientTape() as tape:
+            with drawing_by(_draws(step, first_row)):
+                y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
+            scaled = self.optimizer.scale_loss(loss)
+        variables = [variable.value for variable in self.trainable_variables]
+        return y_pred, loss, tape.gradient(scaled, variables)
+
+    def _accumulated_gradients(self, x, y, sample_weight, step, first_row):
+        """The outputs of all micro-batches, and the means of their losses and gradients."""
+        k = self.micro_batches
+        parts = _map(lambda values: _split(values, k), (x, y, sample_weight))  # (k, rows, ...)
+        rows = _count(_map(lambda values: values[0], parts[0]))
+        seen = {}  # of the first micro-batch: the structure of its outputs, which gradients it has
+
+        def body(index, outputs, loss, sums):
+            part = _map(lambda values: values[index], parts)
+            row = first_row + tf.cast(index * rows, tf.int64)
+            y_pred, part_loss, gradients = self._gradients(*part, step, row)
+            seen.update(y_pred=y_pred, gradients=gradients)
+            outputs = [
+                tf.tensor_scatter_nd_update(rows_of_all, [[index]], [new])
+                for rows_of_all, new in zip(outputs, keras.tree.flatten(y_pred), strict=True)
+            ]
+            sums = [
+                total if gradient is None else total + gradient / k
+                for total, gradient in zip(sums, gradients, strict=True)
+            ]
+            return index + 1, outputs, loss + tf.cast(part_loss, tf.float32) / k, sums
+
+        outputs = [tf.zeros([k, rows, *output.shape[1:]], output.dtype) for output in self.outputs]
+        sums = [tf.zeros(variable.shape, variable.dtype) for variable in self.trainable_variables]
+        state = (tf.constant(0), outputs, tf.constant(0.0), sums)
+        _, outputs, loss, sums = tf.while_loop(
+            lambda index, *_: index < k, body, state, parallel_iterations=1
+        )
+        y_pred = keras.tree.pack_sequence_as(seen["y_pred"], [_join(output) for output in outputs])
+        gradients = [
+            None if gradient is None else total
+            for gradient, total in zip(seen["gradients"], sums, strict=True)
+        ]
+        return y_pred, loss, gradients
+
+
+def _check_optimizer(optimizer, strategy):
+    if creation_strategy(optimizer) is not strategy:
+        raise ValueError(
+            "The optimizer must be made in the scope of the model's strategy. Received: "
+            f"{optimizer!r}, made under {creation_strategy(optimizer)!r}."
+        )
+    steps = getattr(optimizer, "gradient_accumulation_steps", None)
+    if steps is not None:
+        raise ValueError(
+            "Under a strategy, gradients are accumulated by compile(micro_batches=k), with batches "
+            f"k times as large, not by the optimizer. Received: gradient_accumulation_steps={steps}."
+        )
+    frequency = getattr(optimizer, "ema_overwrite_frequency", None)
+    if frequency is not None:
+        raise ValueError(
+            "Under a strategy, `ema_overwrite_frequency` of the optimizer must be None: the weights "
+            f"become their average at the end of `fit`. Received: {frequency!r}."
+        )
+
+
+def _draws(step, first_row):
+    """What draws the masks of `keras_vit.Dropout`, for images from a row of the global batch on.
+
+    A number depends on the layer's seed, how many masks the model drew before it, the step and the
+    number's place in the whole batch: a replica begins to count where its rows do.
+    """
+    masks = 0
+
+    def uniform(seed, shape):
+        nonlocal masks
+        masks += 1
+        seed = tf.stack([tf.cast(seed[0], tf.int64) + masks, step])
+        key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
+        row = math.prod(shape[1:])
+        place = first_row * tf.cast(row, tf.int64)
+        counter += tf.stack([tf.cast(place // BLOCK, tf.uint64), tf.zeros((), tf.uint64)])
+        if isinstance(row, int) and row % BLOCK == 0:  # each row begins a block
+            return _uniform(shape, key, counter)
+        values = tf.reduce_prod(shape)
+        offset = tf.cast(place % BLOCK, tf.int32)
+        drawn = _uniform([values + BLOCK - 1], key, counter)
+        return tf.reshape(tf.slice(drawn, [offset], [values]), shape)
+
+    return uniform
+
+
+def _uniform(shape, key, counter):
+    return tf.raw_ops.StatelessRandomUniformV2(shape=shape, key=key, counter=counter, alg=PHILOX)
+
+
+def _place_in_batch(x):
+    """The first row of a replica's part in the global batch, and its share of a mean part's size."""
+    replica = tf.distribute.get_replica_context()
+    index, replicas = replica.replica_id_in_sync_group, replica.num_replicas_in_sync
+    count = _count(x)
+    if replicas == 1 or keras.tree.flatten(x)[0].shape[0] is not None:
+        return tf.cast(index * count, tf.int64), None  # all parts have one size
+    counts = replica.all_reduce("SUM", tf.one_hot(index, replicas) * tf.cast(count, tf.float32))
+    first_row = tf.reduce_sum(tf.where(tf.range(replicas) < index, counts, 0))
+    share = tf.cast(count, tf.float32) / tf.reduce_mean(counts)
+    return tf.cast(first_row, tf.int64), share
+
+
+def _sum_over_replicas(gradients, share):
+    """The gradient of the mean over the global batch, from those of the means over its parts."""
+    replica = tf.distribute.get_replica_context()
+    if replica.num_replicas_in_sync == 1:
+        return gradients
+    present = [tf.convert_to_tensor(gradient) for gradient in gradients if gradient is not None]
+    if share is not None:
+        present = [gradient * tf.cast(share, gradient.dtype) for gradient in present]
+    summed = iter(replica.all_reduce("SUM", present))
+    return [None if gradient is None else next(summed) for gradient in gradients]
+
+
+def _map(function, *structures):
+    """`keras.tree.map_structure`, which leaves None as it is."""
+    return keras.tree.map_structure(
+        lambda *values: None if values[0] is None else function(*values), *structures
+    )
+
+
+def _count(x):
+    return tf.shape(keras.tree.flatten(x)[0])[0]
+
+
+def _split(values, parts):
+    """`(B, ...)` -> `(parts, B / parts, ...)`."""
+    if values.shape[0] is not None and values.shape[0] % parts:
+        raise ValueError(
+            "`micro_batches` must divide the images of a replica. Received: "
+            f"micro_batches={parts}, {values.shape[0]} images."
+        )
+    shape = tf.concat([[parts, tf.shape(values)[0] // parts], tf.shape(values)[1:]], axis=0)
+    return tf.ensure_shape(tf.reshape(values, shape), (parts, None, *values.shape[1:]))
+
+
+def _join(values):
+    """`(parts, rows, ...)` -> `(parts * rows, ...)`."""
+    return tf.reshape(values, tf.concat([[-1], tf.shape(values)[2:]], axis=0))

@@ -1,0 +1,173 @@
+"""What distributed training needs of Keras beyond its public interface. All of it is here.
+
+setup.cfg pins Keras to the versions that have it; `test_keras_internals` says which attribute
+disappeared when one does not.
+"""
+
+import keras
+import tensorflow as tf
+from keras.src.losses.loss import unscale_loss_for_distribution
+
+# What is used below, by the owner's place in Keras.
+ATTRIBUTES = {
+    "keras.src.backend.tensorflow.trainer.TensorFlowTrainer": (
+        "_make_function",
+        "_maybe_symbolic_build",
+        "_symbolic_build",
+        "_flatten_layers",
+    ),
+    "keras.src.backend.tensorflow.trainer.TFEpochIterator": ("_enumerate_iterator",),
+    "keras.src.backend.tensorflow.optimizer.TFOptimizer": ("_all_reduce_sum_gradients",),
+    "keras.src.losses.loss": ("unscale_loss_for_distribution",),
+}
+# The same, for what only instances have.
+INSTANCE_ATTRIBUTES = {
+    "model": ("_distribute_strategy", "_loss_tracker"),
+    "layer": ("_seed_generators",),
+    "optimizer": ("_distribution_strategy", "_model_variables_moving_average"),
+    "epoch_iterator": ("steps_per_epoch",),
+}
+
+
+class StrategyModel(keras.Model):
+    """A model whose steps Keras runs as they have to be run under a tf.distribute strategy."""
+
+    _steps_behind = 0  # of the first epoch of `fit`
+
+    @property
+    def strategy(self):
+        """The strategy in whose scope the model was made, or None."""
+        return self._distribute_strategy
+
+    def update_loss(self, loss, count):
+        """Gives the mean loss of `count` examples to the loss that `fit` reports."""
+        self._loss_tracker.update_state(unscale_loss_for_distribution(loss), sample_weight=count)
+
+    def share_out(self):
+        """Takes from Keras what it does wrong under the model's strategy.
+
+        The optimizer takes gradients as they are, since they come to it summed over the replicas,
+        and each replica has random numbers of its own in all layers with a `SeedGenerator`.
+        """
+        for optimizer in inner_optimizers(self.optimizer):
+            optimizer._all_reduce_sum_gradients = list
+        for layer in self._flatten_layers():
+            for generator in layer._seed_generators:
+                if not hasattr(generator.next, "by_replica"):
+                    generator.next = _next_by_replica(generator.next)
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        # Keras averages the batch over the replicas here, which fails where its parts differ in
+        # size, and under MultiWorkerMirroredStrategy altogether.
+        if self.strategy is not None and iterator is not None:
+            _, _, batches = next(iterator._enumerate_iterator())
+            data_batch = keras.tree.map_structure(
+                lambda value: self.strategy.experimental_local_results(value)[0], next(batches)
+            )
+        if self.strategy is not None:
+            with self.strategy.scope():
+                self._symbolic_build(data_batch=data_batch)
+        if self._steps_behind:
+            _skip_steps(iterator, self._steps_behind)
+            self._steps_behind = 0
+
+    def _make_function(self, step_function):
+        if self.strategy is None:
+            return super()._make_function(step_function)
+
+        def one_step(data):
+            return self._mean_over_replicas(self.strategy.run(step_function, args=(data,)))
+
+        def next_step(iterator):
+            return one_step(next(iterator))
+
+        def many_steps(iterator):
+            def body(step, _):
+                return step + 1, next_step(iterator)
+
+            steps = self.steps_per_execution
+            state = (tf.constant(1), next_step(iterator))
+            return tf.while_loop(lambda step, _: step < steps, body, state)[1]
+
+        if not self.run_eagerly:
+            one_step, next_step, many_steps = (
+                tf.function(function, reduce_retracing=True, autograph=False)
+                for function in (one_step, next_step, many_steps)
+            )
+
+        def function(iterator):
+            if not isinstance(iterator, tf.distribute.DistributedIterator):
+                return one_step(next(iterator))  # of train_on_batch
+            if step_function == self.train_step and self.steps_per_execution > 1:
+                return many_steps(iterator)
+            return _until_empty(next_step, iterator, self.steps_per_execution)
+
+        return function
+
+    def _mean_over_replicas(self, logs):
+        values = tf.nest.flatten(logs)
+        if self.strategy.num_replicas_in_sync > 1:
+            # One vector: one reduction over the network for all.
+            stacked = self.strategy.run(
+                lambda *values: tf.stack([tf.cast(value, tf.float32) for value in values]),
+                args=values,
+            )
+            values = tf.unstack(self.strategy.reduce("MEAN", stacked, axis=None), len(values))
+        return tf.nest.pack_sequence_as(logs, values)
+
+
+def inner_optimizers(optimizer):
+    """An optimizer, or what a loss scale or a `MultiOptimizer` is wrapped around."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return list(getattr(optimizer, "optimizers", [optimizer]))
+
+
+def creation_strategy(optimizer):
+    """The strategy in whose scope an optimizer was made."""
+    return optimizer._distribution_strategy
+
+
+def weight_averages(optimizer):
+    """The moving averages that an optimizer with `use_ema` keeps, in the order of its variables."""
+    return optimizer._model_variables_moving_average
+
+
+def _next_by_replica(stock):
+    def next_by_replica(ordered=True):
+        seed = stock(ordered=ordered)
+        replica = tf.distribute.get_replica_context()
+        if replica is None:  # outside of a step
+            return seed
+        index = tf.cast(replica.replica_id_in_sync_group, seed.dtype)
+        return seed + tf.stack([index * 7919, tf.zeros((), seed.dtype)])
+
+    next_by_replica.by_replica = True
+    return next_by_replica
+
+
+def _until_empty(next_step, iterator, steps):
+    """Up to so many steps; raises as the iterator does if it was empty from the start."""
+    logs = None
+    for _ in range(steps):
+        try:
+            logs = next_step(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            if logs is None:
+                raise
+            break
+    return logs
+
+
+def _skip_steps(epoch_iterator, steps):
+    """Lets the first epoch of `fit` begin at a step other than 0, and end where it always does."""
+    whole_epoch = epoch_iterator._enumerate_iterator
+    length = epoch_iterator.steps_per_epoch
+
+    def rest_of_epoch():
+        epoch_iterator._enumerate_iterator = whole_epoch
+        epoch_iterator.steps_per_epoch = length - steps
+        for begin, end, batches in whole_epoch():
+            yield begin + steps, end + steps, batches
+        epoch_iterator.steps_per_epoch = length
+
+    epoch_iterator._enumerate_iterator = rest_of_epoch
