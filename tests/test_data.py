@@ -14,8 +14,10 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 
 from keras_vit.data import ImageData, decode_image, load_data, read_image
-from keras_vit.data import folder as folder_module
+from keras_vit.data import progress as progress_module
+from keras_vit.data import tfds as tfds_module
 from keras_vit.data.images import check_image
+from keras_vit.data.records import scan_records
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 SPLITS = ("train", "validation", "test")
@@ -42,6 +44,11 @@ def fill_class(root, name, count, value=0, suffix=".png"):
 def grays(split):
     """The `(gray level, label)` of every image of a split of solid images, in order."""
     return [(int(image[0, 0, 0]), int(label)) for image, label in split.dataset]
+
+
+def load_one(split, index, window=None):
+    """An image of a split, and its label, read in a graph."""
+    return tf.function(split.load)(tf.constant(index, tf.int64), window)
 
 
 @pytest.fixture
@@ -223,9 +230,11 @@ def save_oriented(path, orientation):
 
 
 class TestSpec:
-    @pytest.mark.parametrize("spec", ["mnist", "digits:8", "folder:", "folder", "tfds:", "s3:x"])
+    @pytest.mark.parametrize(
+        "spec", ["mnist", "digits:8", "folder:", "folder", "tfds:", "tfrecord:", "s3:x"]
+    )
     def test_unknown(self, spec):
-        forms = r'"digits", "folder:PATH" or "tfds:NAME\[:CONFIG\]"'
+        forms = r'"digits", "folder:PATH", "tfrecord:PATH" or "tfds:NAME\[:CONFIG\]"'
         with pytest.raises(ValueError, match=rf"`spec` must be {forms}\. Received: spec='{spec}'"):
             load_data(spec)
 
@@ -400,8 +409,31 @@ class TestFolder:
         assert all(check_image(file).plain_jpeg for file in files)
         assert found == expected
 
+    @pytest.mark.parametrize("suffix", [".jpg", ".png"])
+    def test_window_reads_a_part_of_an_upright_image(self, tmp_path, suffix):
+        for name in ("a", "b"):
+            for index in range(3):
+                save_oriented(tmp_path / name / f"{index}{suffix}", 6 if name == "a" else 1)
+        split = load_data(f"folder:{tmp_path}").train
+
+        def window(height, width):
+            return height // 4, width // 8, height // 2, width // 3
+
+        sizes = set()
+        for index in range(split.count):
+            (whole, label), (part, same_label) = (
+                load_one(split, index),
+                load_one(split, index, window),
+            )
+            (h, w, _), label = whole.shape, int(label)
+            sizes.add((h, w, label))
+            expected = whole.numpy()[h // 4 : h // 4 + h // 2, w // 8 : w // 8 + w // 3]
+            np.testing.assert_array_equal(part, expected)
+            assert same_label == label
+        assert sizes == {(48, 32, 0), (32, 48, 1)}
+
     def test_progress_is_drawn_for_a_terminal_only(self, two_classes, monkeypatch, capsys):
-        monkeypatch.setattr(folder_module, "_PROGRESS_FROM", 10)
+        monkeypatch.setattr(progress_module, "_PROGRESS_FROM", 10)
         load_data(f"folder:{two_classes}")
         assert capsys.readouterr() == ("", "")
         monkeypatch.setenv("FORCE_COLOR", "1")
@@ -652,6 +684,27 @@ class TinyWide(TinyGray):
     PIXELS = np.array([[[65535]], [[129]]], np.uint16)
 
 
+class TinyJpeg(TinyBuilder):
+    """Photographs-to-be: smooth noise of 45 x 61 pixels, as JPEG, in two files."""
+
+    IMAGE = tfds.features.Image(encoding_format="jpeg")
+    COUNTS = (("train", 3), ("validation", 1), ("test", 1))
+
+    def _generate_examples(self, count):
+        for index in range(count):
+            noise = np.random.default_rng(index).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+            image = Image.fromarray(noise).resize((61, 45), Image.Resampling.BICUBIC)
+            yield index, {"image": np.asarray(image), "label": index % 3}
+
+
+class TinyJpegGray(TinyJpeg):
+    IMAGE = tfds.features.Image(shape=(45, 61, 1), encoding_format="jpeg")
+
+    def _generate_examples(self, count):
+        for index, example in super()._generate_examples(count):
+            yield index, {**example, "image": example["image"][..., :1]}
+
+
 class TinyFloat(TinyGray):
     IMAGE = tfds.features.Image(shape=(2, 1, 1), dtype=np.float32)
     PIXELS = np.zeros((2, 1, 1), np.float32)
@@ -740,6 +793,55 @@ class TestTFDS:
         image, label = next(iter(load_data(f"tfds:{name}").train.dataset))
         assert image.numpy()[:, 0].tolist() == expected
         assert int(label) == 1
+
+    @pytest.mark.parametrize("name", ["tiny_jpeg", "tiny_jpeg_gray", "tiny_gray", "tiny_wide"])
+    def test_window_reads_a_part(self, name):
+        split = load_data(f"tfds:{name}").train
+        for index in range(split.count):
+            whole, label = load_one(split, index)
+            h, w, _ = whole.shape
+            window = (h // 3, w // 5, h - h // 2, w - w // 4)
+            part, same_label = load_one(split, index, lambda *_, window=window: window)
+            y, x, height, width = window
+            np.testing.assert_array_equal(part, whole[y : y + height, x : x + width])
+            assert same_label == label
+
+    def test_jpeg_pixels_are_those_of_pillow(self):
+        data = load_data("tfds:tiny_jpeg")
+        builder = tfds.builder("tiny_jpeg", data_dir=os.environ["TFDS_DATA_DIR"])
+        raw = builder.as_dataset("train", decoders={"image": tfds.decode.SkipDecoding()})
+        expected = [decode_image(example["image"].numpy(), "a") for example in raw]
+        for (image, _), pixels in zip(data.train.dataset, expected, strict=True):
+            np.testing.assert_array_equal(image, pixels)
+
+    def test_files_are_read_one_after_the_other(self, monkeypatch):
+        """In the order of TFDS, and each slice of a split begins where the one before ends."""
+        builder = tfds.builder("tiny_train", data_dir=os.environ["TFDS_DATA_DIR"])
+        config = tfds.download.DownloadConfig(num_shards=4)
+        builder.download_and_prepare(download_config=config)
+        assert len(builder.info.splits["train"].filepaths) == 4
+        order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+        stored = [int(e["image"][0, 0, 0]) for e in builder.as_dataset("train", read_config=order)]
+        data = load_data("tfds:tiny_train")
+        parts = [self.indices(getattr(data, s)) for s in ("train", "validation", "test")]
+        assert [index for part in parts for index in part] == stored
+        monkeypatch.setattr(tfds_module, "scan_records", lambda paths: scan_records(paths[:3]))
+        with pytest.raises(ValueError, match=r"of tfds:tiny_train must have \d records.* 0\.$"):
+            load_data("tfds:tiny_train")
+
+    def test_other_formats(self, monkeypatch):
+        prepare = tfds_module._prepare_builder
+
+        def with_format(name):
+            builder = prepare(name)
+            monkeypatch.setattr(
+                type(builder.info), "file_format", tfds.core.FileFormat.ARRAY_RECORD
+            )
+            return builder
+
+        monkeypatch.setattr(tfds_module, "_prepare_builder", with_format)
+        with pytest.raises(ValueError, match=r"as TFRecord files.*tiny_train .*'array_record'"):
+            load_data("tfds:tiny_train")
 
     @pytest.mark.parametrize(
         ("name", "match"),

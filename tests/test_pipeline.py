@@ -1,11 +1,31 @@
-"""Resizing, batching and augmentation."""
+"""Resizing, the order of training, and that it can be cut and shared anywhere."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from keras_vit.data import Split
-from keras_vit.data.pipeline import augment, evaluation_batches, resize, training_batches
+from keras_vit.data import pipeline as pipeline_module
+from keras_vit.data import progress as progress_module
+from keras_vit.data.augmentation import Augmentation
+from keras_vit.data.pipeline import (
+    evaluation_batches,
+    first_images,
+    resize,
+    sample_ids,
+    training_batches,
+)
+from keras_vit.data.structures import array_split, cut, typical_size
+
+EVERYTHING = Augmentation(
+    min_crop_area=0.5,
+    rotation=20.0,
+    shift=0.1,
+    flip=True,
+    rand_augment=(2, 7),
+    three_augment=True,
+    erasing=0.5,
+)
 
 
 def numbered(count, height=4, width=6):
@@ -13,8 +33,38 @@ def numbered(count, height=4, width=6):
     images = np.broadcast_to(
         np.arange(count, dtype="uint8")[:, None, None, None], (count, height, width, 3)
     )
-    labels = np.arange(count, dtype="int32") % 3
-    return Split(tf.data.Dataset.from_tensor_slices((images, labels)), count)
+    return array_split(images, np.arange(count) % 3)
+
+
+def pictures(count, height=8, width=12):
+    images = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype="uint8")
+    return array_split(images, np.arange(count) % 3)
+
+
+def as_arrays(batches):
+    images, labels = zip(*batches.as_numpy_iterator(), strict=True)
+    return np.stack(images), np.stack(labels)
+
+
+def test_split_of_arrays():
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype="uint8")
+    split = array_split(images, [4, 0, 2])
+    assert split.count == 3
+    image, label = split.load(tf.constant(2, tf.int64), lambda h, w: (1, 2, h - 3, w - 4))
+    np.testing.assert_array_equal(image, images[2, 1:3, 2:5])
+    assert label == 2
+    read = list(split.dataset.as_numpy_iterator())
+    np.testing.assert_array_equal([image for image, _ in read], images)
+    assert [label for _, label in read] == [4, 0, 2]
+
+
+def test_typical_size_is_the_median_where_none_is_declared():
+    def load(index, window=None):
+        image = tf.zeros((tf.cast(index, tf.int32) + 3, 2 * tf.cast(index, tf.int32) + 1, 3))
+        return cut(tf.cast(image, tf.uint8), window), tf.cast(index, tf.int32)
+
+    assert typical_size(Split(load, 5)) == (5, 5)
+    assert typical_size(numbered(2)) == (4, 6)
 
 
 def test_resize_keeps_an_image_of_the_right_size():
@@ -30,106 +80,186 @@ def test_resize_averages_when_it_shrinks():
     assert np.abs(small[1:-1, 1:-1].astype(int) - 128).max() <= 1
 
 
-def test_evaluation_batches_are_every_image_once_in_order():
-    batches = list(evaluation_batches(numbered(7), (4, 6), 3, 5))
-    assert [images.shape for images, _ in batches] == [(3, 4, 6, 3), (3, 4, 6, 3), (1, 4, 6, 3)]
-    images = np.concatenate([images for images, _ in batches])
-    labels = np.concatenate([labels for _, labels in batches])
-    np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(7))
-    np.testing.assert_array_equal(labels, np.eye(5)[np.arange(7) % 3])
+class TestEvaluation:
+    def test_every_image_once_in_order(self):
+        batches = list(evaluation_batches(numbered(7), (4, 6), 3, 5))
+        assert [images.shape for images, _ in batches] == [(3, 4, 6, 3), (3, 4, 6, 3), (1, 4, 6, 3)]
+        images = np.concatenate([images for images, _ in batches])
+        labels = np.concatenate([labels for _, labels in batches])
+        np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(7))
+        np.testing.assert_array_equal(labels, np.eye(5)[np.arange(7) % 3])
+
+    @pytest.mark.parametrize(
+        ("count", "expected"),
+        [
+            (11, [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10]]]),
+            (7, [[[0, 1, 2], [6]], [[3, 4, 5]]]),
+        ],
+    )
+    def test_shards_are_parts_of_the_batches(self, count, expected):
+        for index in range(2):
+            batches = evaluation_batches(numbered(count), (4, 6), 6, 3, shard=(index, 2))
+            found = [images[:, 0, 0, 0].tolist() for images, _ in batches.as_numpy_iterator()]
+            assert found == expected[index]
+
+    @pytest.mark.parametrize(("asked", "given"), [(3, 3), (9, 7)])
+    def test_first_images(self, asked, given):
+        images, labels = first_images(numbered(7), (2, 3), asked)
+        assert images.shape == (given, 2, 3, 3)
+        np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(given))
+        np.testing.assert_array_equal(labels, np.arange(given) % 3)
 
 
-def first(batches, count):
-    return [(images.numpy(), labels.numpy()) for images, labels in batches.take(count)]
+GOLDEN = ([6, 4, 2, 1, 0, 5, 3], [0, 3, 1, 5, 2, 4, 6], [46622, 241520, 211331, 898605])
 
 
-def test_training_batches_pass_over_all_images_in_new_orders():
-    batches = first(training_batches(numbered(12), (4, 6), 4, 3, seed=1), 9)
-    numbers = np.stack([images[:, 0, 0, 0] for images, _ in batches]).reshape(3, 12)
-    for order in numbers:
-        np.testing.assert_array_equal(np.sort(order), np.arange(12))
-    assert len({tuple(order) for order in numbers}) == 3
-    for images, labels in batches:
-        np.testing.assert_array_equal(labels, np.eye(3)[images[:, 0, 0, 0].astype(int) % 3])
+class TestOrder:
+    def test_every_pass_is_a_permutation_of_its_own(self):
+        """Batches of 5 straddle the passes over 13 images."""
+        ids = np.concatenate([sample_ids(step, 5, 13, seed=3) for step in range(13)])
+        orders = ids.reshape(5, 13)
+        for order in orders:
+            np.testing.assert_array_equal(np.sort(order), np.arange(13))
+        assert len({tuple(order) for order in orders}) == 5
+
+    def test_golden(self):
+        """The order must never change: runs are resumed by it."""
+        assert sample_ids(0, 7, 7, seed=0).numpy().tolist() == GOLDEN[0]
+        assert sample_ids(1, 7, 7, seed=0).numpy().tolist() == GOLDEN[1]
+        assert sample_ids(10**6, 4, 1_281_167, seed=5).numpy().tolist() == GOLDEN[2]
+
+    def test_batch_may_be_larger_than_the_split(self):
+        ids = sample_ids(2, 10, 3, seed=0).numpy()  # places 20 to 29: 20 ends a pass
+        assert sorted(ids[1:4]) == sorted(ids[4:7]) == sorted(ids[7:]) == [0, 1, 2]
+
+    def test_every_image_is_as_likely_at_every_place(self):
+        passes = sample_ids(0, 5000, 5, seed=1).numpy().reshape(1000, 5)
+        counts = np.stack([np.bincount(place, minlength=5) for place in passes.T])
+        assert np.abs(counts - 200).max() < 50
+
+    def test_seeds_differ(self):
+        first, second = (sample_ids(0, 50, 50, seed=seed).numpy() for seed in (0, 1))
+        assert (first == second).sum() < 10
+
+    def test_training_follows_it(self):
+        split = numbered(13)
+        images, labels = as_arrays(training_batches(split, (4, 6), 5, 3, seed=3, steps=7))
+        expected = np.stack([sample_ids(step, 5, 13, seed=3) for step in range(7)])
+        np.testing.assert_array_equal(images[:, :, 0, 0, 0], expected)
+        np.testing.assert_array_equal(labels, np.eye(3)[expected % 3])
 
 
-def test_training_batches_are_reproducible():
-    arguments = (numbered(12), (4, 6), 4, 3)
-    augmentation = {"min_crop_area": 0.5, "rotation": 20.0, "shift": 0.1, "flip": True}
-    runs = [first(training_batches(*arguments, seed=s, **augmentation), 5) for s in (1, 1, 2)]
-    for (images, labels), (images2, labels2) in zip(*runs[:2], strict=True):
-        np.testing.assert_array_equal(images, images2)
-        np.testing.assert_array_equal(labels, labels2)
-    assert any(not np.array_equal(a[0], b[0]) for a, b in zip(runs[0], runs[2], strict=True))
+class TestTrainingBatches:
+    """The batches are the same, bit for bit, wherever they begin and whoever makes them."""
 
+    @pytest.fixture(scope="class", params=["in memory", "decoded"])
+    def case(self, request):
+        size = (8, 12) if request.param == "in memory" else (5, 7)
+        arguments = (pictures(11), size, 6, 4)
+        options = {"seed": 2, "augmentation": EVERYTHING}
+        return arguments, options, as_arrays(training_batches(*arguments, steps=5, **options))
 
-def pictures(count, height=8, width=12):
-    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3)).astype("float32")
+    def test_types(self, case):
+        arguments, options, (images, labels) = case
+        assert images.shape == (5, 6, *arguments[1], 3)
+        assert labels.shape == (5, 6, 4)
+        assert (images.dtype, labels.dtype) == (np.uint8, np.float32)
+        spec = training_batches(*arguments, **options).element_spec
+        assert [tuple(s.shape) for s in spec] == [(6, *arguments[1], 3), (6, 4)]
 
+    def test_same_again_and_others_for_another_seed(self, case):
+        arguments, options, (images, labels) = case
+        again = as_arrays(training_batches(*arguments, steps=5, **options))
+        np.testing.assert_array_equal(again[0], images)
+        np.testing.assert_array_equal(again[1], labels)
+        other, _ = as_arrays(training_batches(*arguments, steps=5, **{**options, "seed": 3}))
+        assert not np.array_equal(other, images)
 
-def test_augment_without_arguments_changes_nothing():
-    images = pictures(5)
-    np.testing.assert_allclose(augment(images, (0, 1)), images, atol=1e-3)
+    @pytest.mark.parametrize("first_step", [1, 3])
+    def test_any_step_can_be_the_first(self, case, first_step):
+        arguments, options, (images, labels) = case
+        batches = training_batches(*arguments, first_step=first_step, **options)
+        found = as_arrays(batches.take(5 - first_step))
+        np.testing.assert_array_equal(found[0], images[first_step:])
+        np.testing.assert_array_equal(found[1], labels[first_step:])
 
+    @pytest.mark.parametrize("count", [2, 3, 6])
+    def test_shards_side_by_side_are_the_batch(self, case, count):
+        arguments, options, (images, labels) = case
+        shards = [
+            as_arrays(training_batches(*arguments, shard=(i, count), steps=5, **options))
+            for i in range(count)
+        ]
+        for part, whole in zip(zip(*shards, strict=True), (images, labels), strict=True):
+            np.testing.assert_array_equal(np.concatenate(part, axis=1), whole)
 
-def test_flip_mirrors_half_of_the_images():
-    images = pictures(400)
-    flipped = np.asarray(augment(images, (0, 1), flip=True))
-    same = np.abs(flipped - images).max(axis=(1, 2, 3)) < 1e-2
-    mirrored = np.abs(flipped - images[:, :, ::-1]).max(axis=(1, 2, 3)) < 1e-2
-    assert np.all(same ^ mirrored)
-    assert 150 < mirrored.sum() < 250
+    def test_shard_of_a_later_step(self, case):
+        arguments, options, (images, _) = case
+        batches = training_batches(*arguments, first_step=2, steps=2, shard=(1, 3), **options)
+        np.testing.assert_array_equal(as_arrays(batches)[0], images[2:4, 2:4])
 
+    def test_late_steps(self, case):
+        arguments, options, _ = case
+        batches = training_batches(*arguments, first_step=10**12, steps=1, **options)
+        labels = sample_ids(10**12, 6, 11, seed=2).numpy() % 3
+        np.testing.assert_array_equal(as_arrays(batches)[1][0], np.eye(4)[labels])
 
-def ramps(count, height=40, width=60):
-    """Images whose first channel is x, and second y, in pixels."""
-    y, x = np.mgrid[:height, :width]
-    return np.broadcast_to(np.stack([x, y, 0 * x], axis=-1), (count, height, width, 3))
+    def test_an_image_changes_with_the_pass(self):
+        split = array_split(pictures(1).load(0)[0].numpy()[None], [0])
+        images, _ = as_arrays(
+            training_batches(split, (8, 12), 1, 2, steps=9, augmentation=Augmentation(shift=0.3))
+        )
+        assert len({image.tobytes() for image in images}) == 9
 
+    @pytest.mark.parametrize("size", [(4, 6), (7, 3)])
+    def test_size_asked_for(self, size):
+        augmentation = Augmentation(min_crop_area=0.5)
+        batches = training_batches(numbered(4), size, 2, 3, steps=1, augmentation=augmentation)
+        assert as_arrays(batches)[0].shape == (1, 2, *size, 3)
 
-@pytest.mark.parametrize("min_crop_area", [0.25, 0.9])
-def test_crops_lie_inside_and_keep_the_share_asked_for(min_crop_area):
-    """On ramps the corners' values say where each crop was taken from."""
-    images = np.asarray(augment(ramps(500), (3, 4), min_crop_area=min_crop_area))
-    left, right = images[:, 0, 0, 0], images[:, 0, -1, 0]
-    top, bottom = images[:, 0, 0, 1], images[:, -1, 0, 1]
-    assert left.min() >= -1e-3
-    assert right.max() <= 59 + 1e-3
-    assert top.min() >= -1e-3
-    assert bottom.max() <= 39 + 1e-3
-    sides = np.stack([(right - left) / 59, (bottom - top) / 39])
-    area, ratio = sides.prod(axis=0), sides[0] / sides[1]
-    assert min_crop_area - 1e-3 < area.min() < min_crop_area + 0.05
-    assert area.max() > 0.95
-    assert np.abs(np.log(ratio)).max() < np.log(4 / 3) + 1e-3
-    assert np.log(ratio).std() > 0.02
-    # The place is uniform: the mean of the centres is the image's.
-    np.testing.assert_allclose((left + right).mean() / 2, 29.5, atol=1.5)
+    def test_small_images_are_read_once(self, monkeypatch, capsys):
+        reads = []
 
+        def load(index, window=None):
+            tf.py_function(lambda: reads.append(1), [], [])
+            return pictures(5).load(index, window)
 
-def test_rotation_is_about_the_centre_and_bounded():
-    images = np.asarray(augment(ramps(300, 41, 61), (3, 4), rotation=15.0))
-    np.testing.assert_allclose(images[:, 20, 30, :2], [[30, 20]] * 300, atol=1e-2)
-    slope_x = images[:, 20, 31, 0] - images[:, 20, 30, 0]  # cos
-    slope_y = images[:, 20, 31, 1] - images[:, 20, 30, 1]  # sin
-    angles = np.degrees(np.arctan2(slope_y, slope_x))
-    assert np.abs(angles).max() < 15.01
-    assert angles.min() < -13
-    assert angles.max() > 13
+        monkeypatch.setattr(progress_module, "_PROGRESS_FROM", 2)
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        for cache_bytes, expected in ((5 * 8 * 12 * 3, 5), (5 * 8 * 12 * 3 - 1, 20)):
+            monkeypatch.setattr(pipeline_module, "CACHE_BYTES", cache_bytes)
+            reads.clear()
+            list(training_batches(Split(load, 5), (8, 12), 5, 3, steps=4))
+            assert len(reads) == expected
+        assert "Reading images" in capsys.readouterr().err
 
+    def test_crops_of_large_images_are_read_from_the_file(self):
+        """Only what is asked for, and it is what comes out."""
+        y, x = np.mgrid[:40, :60]
+        ramps = np.stack([x, y, 0 * x], axis=-1).astype("uint8")
+        split = array_split(np.stack([ramps] * 3), [0, 1, 2])
+        augmentation = Augmentation(min_crop_area=0.3)
+        images, _ = as_arrays(
+            training_batches(split, (9, 11), 30, 3, steps=10, augmentation=augmentation)
+        )
+        images = images.reshape(-1, 9, 11, 3).astype(float)
+        # The distance of the outermost pixels' centres is 10/11 and 8/9 of the crop's sides.
+        width = (images[:, 4, -2, 0] - images[:, 4, 1, 0]) * 11 / 8
+        height = (images[:, -2, 5, 1] - images[:, 1, 5, 1]) * 9 / 6
+        area = width * height / 2400
+        assert 0.25 < area.min() < 0.4
+        assert 0.9 < area.max() < 1.1
+        ratio = width / height / 1.5
+        assert 0.68 < ratio.min() < 0.85
+        assert 1.2 < ratio.max() < 1.48
 
-def test_shift_goes_beyond_the_border():
-    images = np.asarray(augment(ramps(300), (3, 4), shift=0.1))
-    dx = images[:, 20, 30, 0] - 30
-    dy = images[:, 20, 30, 1] - 20
-    assert 5 < np.abs(dx).max() <= 6
-    assert 3.4 < np.abs(dy).max() <= 4
-    assert images.min() >= 0  # the border's pixels go on
-    assert abs(np.corrcoef(dx, dy)[0, 1]) < 0.15
+    @pytest.mark.parametrize("shard", [(2, 2), (-1, 2)])
+    @pytest.mark.parametrize("batches", [training_batches, evaluation_batches])
+    def test_no_such_shard(self, shard, batches):
+        with pytest.raises(ValueError, match=r"0 <= i < n\. Received: shard=\("):
+            batches(numbered(4), (4, 6), 4, 3, shard=shard)
 
-
-@pytest.mark.parametrize("size", [(4, 6), (7, 3)])
-def test_batches_have_the_size_asked_for(size):
-    images, _ = first(training_batches(numbered(4), size, 2, 3, min_crop_area=0.5), 1)[0]
-    assert images.shape == (2, *size, 3)
-    assert images.dtype == np.float32
+    @pytest.mark.parametrize("batches", [training_batches, evaluation_batches])
+    def test_shards_must_divide_the_batch(self, batches):
+        with pytest.raises(ValueError, match=r"divide `batch_size`.*=4, shard=\(0, 3\)"):
+            batches(numbered(4), (4, 6), 4, 3, shard=(0, 3))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import tensorflow as tf
 
-from keras_vit.data.structures import ImageData, Split, fingerprint
+from keras_vit.data.structures import ImageData, array_split, fingerprint
 
 _SPLIT_SEED = 0  # part of the data set's definition: the splits never change
 
@@ -31,10 +30,7 @@ def load_digits() -> ImageData:
     return ImageData(
         name="digits",
         class_names=tuple(str(digit) for digit in range(10)),
-        **{
-            name: Split(tf.data.Dataset.from_tensor_slices((images[at], labels[at])), len(at))
-            for name, at in splits.items()
-        },
+        **{name: array_split(images[at], labels[at]) for name, at in splits.items()},
         image_size=(8, 8),
         fingerprint=fingerprint(
             images=hashlib.sha256(images.tobytes()).hexdigest(),

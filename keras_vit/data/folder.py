@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
 from keras_vit.data.images import ImageFacts, check_image, read_image
-from keras_vit.data.structures import ImageData, Split, fingerprint
+from keras_vit.data.jpeg import decode_jpeg
+from keras_vit.data.progress import map_threads
+from keras_vit.data.structures import SPLIT_NAMES, ImageData, Split, Window, cut, fingerprint
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
-_SPLIT_NAMES = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-}
-_PROGRESS_FROM = 500  # files; fewer are checked before a progress bar is worth drawing
 _NAMED_UNREADABLE = 3
 
 # Class name -> paths of its images, relative to the root, with forward slashes.
@@ -90,7 +82,7 @@ def _list_splits(root: Path) -> dict[str, Classes]:
     folders = _subfolders(root)
     split_folders = [folder for folder in folders if _is_split(folder)]
     names = [folder.name for folder in folders]
-    if not split_folders and len(names) > 1 and all(name.lower() in _SPLIT_NAMES for name in names):
+    if not split_folders and len(names) > 1 and all(name.lower() in SPLIT_NAMES for name in names):
         raise ValueError(
             "Split folders must hold one folder for each class. Received: "
             f"path={str(root)!r} with images right inside {names}."
@@ -98,7 +90,7 @@ def _list_splits(root: Path) -> dict[str, Classes]:
     if not split_folders:
         return {"train": _list_classes(root, root)}
     _require_plain_splits(root, split_folders, [f for f in folders if f not in split_folders])
-    return {_SPLIT_NAMES[f.name.lower()]: _list_classes(root, f) for f in split_folders}
+    return {SPLIT_NAMES[f.name.lower()]: _list_classes(root, f) for f in split_folders}
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -107,7 +99,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _is_split(folder: Path) -> bool:
     """Whether a folder has a split's name and holds folders only: "train" may be a class."""
-    if folder.name.lower() not in _SPLIT_NAMES or not _subfolders(folder):
+    if folder.name.lower() not in SPLIT_NAMES or not _subfolders(folder):
         return False
     return not any(_is_image(file.name) for file in folder.iterdir())
 
@@ -119,7 +111,7 @@ def _is_image(name: str) -> bool:
 def _require_plain_splits(root: Path, splits: list[Path], others: list[Path]) -> None:
     others = [folder.name for folder in others if _list_images(root, folder)]
     names = [folder.name for folder in splits]
-    roles = [_SPLIT_NAMES[name.lower()] for name in names]
+    roles = [SPLIT_NAMES[name.lower()] for name in names]
     if others:
         raise ValueError(
             "An image folder must hold either split folders with class folders inside, or class "
@@ -190,21 +182,9 @@ def _check_files(
             return str(error)
 
     files = [file for classes in splits.values() for names in classes.values() for file in names]
-    found = dict(zip(files, _map_threads(check, files), strict=True))
+    found = dict(zip(files, map_threads(check, files, "Checking images"), strict=True))
     facts = {file: result for file, result in found.items() if not isinstance(result, str)}
     return facts, {file: result for file, result in found.items() if isinstance(result, str)}
-
-
-def _map_threads(function: Callable, items: list) -> list:
-    """Applies a function in threads, with a progress bar where a person may be waiting."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    quiet = len(items) <= _PROGRESS_FROM or not console.is_terminal
-    with ThreadPool(min(32, 2 * (os.cpu_count() or 1))) as pool:
-        results = pool.imap(function, items, chunksize=16)
-        return list(track(results, "Checking images", len(items), console=console, disable=quiet))
 
 
 def _describe_unreadable(unreadable: dict[str, str], total: int) -> str:
@@ -269,28 +249,28 @@ def _labelled_files(classes: Classes, class_names: tuple[str, ...]) -> list[tupl
 
 
 def _to_split(root: Path, files: list[tuple[str, int]], facts: dict[str, ImageFacts]) -> Split:
-    paths = [os.fsencode(root / file) for file, _ in files]
-    labels = np.array([label for _, label in files], np.int32)
-    plain = np.array([facts[file].plain_jpeg for file, _ in files])
-    dataset = tf.data.Dataset.from_tensor_slices((paths, labels, plain))
-    dataset = dataset.map(_load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return Split(dataset, len(files))
+    with tf.device("/CPU:0"):  # input pipelines run there
+        paths = tf.constant([os.fsencode(root / file) for file, _ in files])
+        labels = tf.constant([label for _, label in files], tf.int32)
+        plain = tf.constant([facts[file].plain_jpeg for file, _ in files])
 
+    def load(index: tf.Tensor, window: Window | None = None) -> tuple[tf.Tensor, tf.Tensor]:
+        path = paths[index]
+        image = tf.cond(
+            plain[index],
+            lambda: decode_jpeg(tf.io.read_file(path), window),
+            lambda: cut(_load_any(path), window),
+        )
+        return tf.ensure_shape(image, (None, None, 3)), labels[index]
 
-def _load(path: tf.Tensor, label: tf.Tensor, plain_jpeg: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    image = tf.cond(plain_jpeg, lambda: _load_plain_jpeg(path), lambda: _load_any(path))
-    return tf.ensure_shape(image, (None, None, 3)), label
-
-
-def _load_plain_jpeg(path: tf.Tensor) -> tf.Tensor:
-    # Python's lock does not hold this one back. With accurate arithmetic the pixels are Pillow's.
-    return tf.io.decode_jpeg(tf.io.read_file(path), channels=3, dct_method="INTEGER_ACCURATE")
+    return Split(load, len(files))
 
 
 def _load_any(path: tf.Tensor) -> tf.Tensor:
-    return tf.numpy_function(
+    image = tf.numpy_function(
         lambda name: read_image(os.fsdecode(name)), [path], tf.uint8, stateful=False
     )
+    return tf.ensure_shape(image, (None, None, 3))
 
 
 def _median_size(facts: list[ImageFacts]) -> tuple[int, int]:

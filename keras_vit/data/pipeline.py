@@ -1,12 +1,15 @@
-"""From the images of a split to batches a model takes, with light augmentation."""
-
-import math
+"""From the images of a split to batches a model takes, in an order that any step can begin."""
 
 import numpy as np
 import tensorflow as tf
 
+from keras_vit.data.augmentation import Augmentation
+from keras_vit.data.progress import progress
+from keras_vit.data.structures import array_split, typical_size
+
 # Resized images are kept in memory up to this size; larger splits are decoded in every epoch.
 CACHE_BYTES = 2**31
+_SHUFFLE_ROUNDS = 8  # of the cipher; `index_shuffle` has 4
 
 
 def resize(image, image_size):
@@ -19,24 +22,37 @@ def resize(image, image_size):
     Returns:
         uint8 tensor `(*image_size, 3)`.
     """
+    if image.shape[:2] == tuple(image_size):
+        return tf.convert_to_tensor(image)
     image = tf.image.resize(image, image_size, method="bilinear", antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
 
-def evaluation_batches(split, image_size, batch_size, num_classes):
+def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 1)):
     """The images of a split once, in order.
 
     Args:
         split: A `Split`.
         image_size: `(height, width)` in pixels.
-        batch_size: Images per batch; the last batch has what is left.
+        batch_size: Images per batch B; the last batch has what is left.
         num_classes: Length K of the one-hot labels.
+        shard: `(i, n)`: the i-th of the n equal parts of every batch. Of the last batch a shard
+            has what lies in its part, and no batch where that is nothing.
 
     Returns:
-        `tf.data.Dataset` of (uint8 images `(B, H, W, 3)`, float32 one-hot labels `(B, K)`).
+        `tf.data.Dataset` of (uint8 images `(B / n, H, W, 3)`, float32 one-hot labels
+        `(B / n, K)`).
+
+    Raises:
+        ValueError: `shard` is not a part of `n`, or n does not divide `batch_size`.
     """
-    resized = _resized(split, image_size)
-    return _one_hot(resized.batch(batch_size), num_classes).prefetch(tf.data.AUTOTUNE)
+    first, size = _part(batch_size, shard)
+    places = np.arange(split.count)
+    places = places[(places % batch_size >= first) & (places % batch_size < first + size)]
+    images = _resized(tf.data.Dataset.from_tensor_slices(places), split, image_size)
+    if len(places) * _image_bytes(image_size) <= CACHE_BYTES:
+        images = images.cache()
+    return _one_hot(images.batch(size), num_classes).prefetch(tf.data.AUTOTUNE)
 
 
 def first_images(split, image_size, count):
@@ -50,111 +66,151 @@ def first_images(split, image_size, count):
     Returns:
         uint8 images `(N, H, W, 3)` and int labels `(N,)`.
     """
-    images, labels = zip(*_resized(split, image_size).take(count).as_numpy_iterator(), strict=True)
-    return np.stack(images), np.array(labels)
+    return _read(split, image_size, min(count, split.count))
 
 
-def training_batches(split, image_size, batch_size, num_classes, *, seed=0, **augmentation):
-    """Shuffled, augmented batches of a split, without end.
+def sample_ids(step, batch_size, count, seed):
+    """The images of a global batch of training.
 
-    The images of a pass over the split are in a new order each time; a batch may end one pass
-    and begin the next. The same arguments give the same batches.
+    Position p = step * batch_size, ... of the whole training is place p % count of the epoch
+    p // count, and each epoch is a permutation of the images of its own, which is computed and
+    never stored: the images of any step are known at once.
+
+    Args:
+        step: The step, from 0; an int or an int64 scalar tensor.
+        batch_size: Images per global batch. It may be more than `count`.
+        count: Images of the split.
+        seed: Seed of the order, an int.
+
+    Returns:
+        int64 tensor `(batch_size,)` of indices of the split.
+
+    Source: `tf.random.experimental.index_shuffle`, which enciphers the index (SIMON, IACR ePrint
+    2013/404); the key is drawn from the seed and the epoch.
+    """
+    positions = tf.cast(step, tf.int64) * batch_size + tf.range(batch_size, dtype=tf.int64)
+    return _shuffled(positions, count, seed)
+
+
+def _shuffled(positions, count, seed):
+    """The images at consecutive positions of training."""
+    epochs = positions // count
+    # Keys are drawn: those of neighbouring epochs that were counted would give similar orders.
+    keys = tf.stack(
+        [
+            tf.random.stateless_uniform([3], [seed, epochs[0] + index], None, None, tf.int64)
+            for index in range((len(positions) - 1) // count + 2)  # as many as there can be
+        ]
+    )
+    # The raw op, because `index_shuffle` takes one key at a time.
+    return tf.raw_ops.RandomIndexShuffle(
+        index=positions % count,
+        seed=tf.gather(keys, epochs - epochs[0]),
+        max_index=np.int64(count - 1),
+        rounds=_SHUFFLE_ROUNDS,
+    )
+
+
+def training_batches(
+    split,
+    image_size,
+    batch_size,
+    num_classes,
+    *,
+    seed=0,
+    first_step=0,
+    steps=None,
+    shard=(0, 1),
+    augmentation=None,
+):
+    """Shuffled, augmented batches of a split, the same whatever step they begin with.
+
+    The images of a pass over the split are in a new order each time (see `sample_ids`); a batch
+    may end one pass and begin the next. What happens to an image depends on the seed, the pass
+    and the image alone. So the same arguments give the same batches, any step can be the first
+    at no cost, and the shards of a batch, one after the other, are the batch.
+
+    Images that are no larger than the model's are read once and kept in memory at the model's
+    size, up to `CACHE_BYTES`. Larger ones are decoded in every pass, the crop alone where they
+    are JPEG.
 
     Args:
         split: A `Split`.
         image_size: `(height, width)` in pixels.
-        batch_size: Images per batch.
+        batch_size: Images per global batch B.
         num_classes: Length K of the one-hot labels.
-        seed: Seed of the order and the augmentation.
-        **augmentation: Arguments of `augment`.
+        seed: Seed of the order and the augmentation, an int.
+        first_step: The global step of the first batch, from 0.
+        steps: How many batches; None: without end.
+        shard: `(i, n)`: this pipeline makes the i-th of the n equal parts of every batch.
+        augmentation: An `Augmentation`, or None to change nothing.
 
     Returns:
-        `tf.data.Dataset` of (float32 images `(B, H, W, 3)` in [0, 255], float32 one-hot labels
-        `(B, K)`).
+        `tf.data.Dataset` of (uint8 images `(B / n, H, W, 3)`, float32 one-hot labels
+        `(B / n, K)`).
+
+    Raises:
+        ValueError: `shard` is not a part of `n`, or n does not divide `batch_size`.
     """
-    batches = (
-        _resized(split, image_size)
-        .shuffle(_shuffle_buffer(split, image_size), seed=seed, reshuffle_each_iteration=True)
-        .repeat()
-        .batch(batch_size, drop_remainder=True)
-    )
-    batches = _one_hot(batches, num_classes).enumerate()
+    augmentation = augmentation or Augmentation()
+    first, size = _part(batch_size, shard)
+    in_memory = _fits_in_memory(split, image_size)
+    if in_memory:
+        split = array_split(*_read(split, image_size, split.count))
 
-    def augment_batch(step, batch):
-        images, labels = batch
-        step_seed = tf.stack([tf.cast(seed, tf.int64), step])
-        return augment(images, step_seed, **augmentation), labels
+    def samples(step):
+        positions = step * batch_size + first + tf.range(size, dtype=tf.int64)
+        ids = _shuffled(positions, split.count, seed)
+        return ids, positions // split.count * split.count + ids  # unique in all passes
 
-    return batches.map(augment_batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(
-        tf.data.AUTOTUNE
-    )
+    def read(index, number):
+        key = tf.stack([np.int64(seed), number])
+        window = None if in_memory else augmentation.window(key)
+        image, label = split.load(index, window)
+        image = resize(image, image_size)
+        return augmentation.apply(image, key, crop=in_memory), label
 
-
-def augment(images, seed, *, min_crop_area=1.0, rotation=0.0, shift=0.0, flip=False):
-    """Crops, rotates, shifts and mirrors each image of a batch at random, in one resampling.
-
-    A crop keeps a share of the area drawn from [min_crop_area, 1], has an aspect ratio between
-    3/4 and 4/3 of the image's and lies inside the image ("Going deeper with convolutions",
-    arXiv 1409.4842, Section 6); then it may be turned and shifted, beyond the border too, where
-    the border's pixels go on.
-
-    Args:
-        images: `(B, H, W, 3)`, values in [0, 255].
-        seed: Two integers; the same give the same result.
-        min_crop_area: Smallest share of the area in (0, 1]; 1 crops nothing.
-        rotation: Largest angle in degrees, to either side.
-        shift: Largest shift as a share of the side, in each direction.
-        flip: Whether half of the images are mirrored.
-
-    Returns:
-        float32 `(B, H, W, 3)`, values in [0, 255].
-    """
-    batch, height, width, _ = images.shape
-    seeds = tf.random.split(seed, 6)
-
-    def uniform(index, low, high, *shape):
-        return tf.random.stateless_uniform([batch, *shape], seeds[index], low, high)
-
-    area = uniform(0, min_crop_area, 1.0)
-    root = tf.sqrt(area)
-    ratio = tf.exp(uniform(1, -1.0, 1.0) * math.log(4 / 3) / 2)
-    ratio = tf.clip_by_value(ratio, root, 1 / root)  # neither side is longer than the image's
-    # (B, 2) each, for x and y: the crop's sides, and its centre's offset in pixels.
-    side = tf.stack([root * ratio, root / ratio], axis=1)
-    offset = uniform(2, -0.5, 0.5, 2) * (1 - side) + uniform(3, -shift, shift, 2)
-    offset = offset * (width, height)
-    angle = uniform(4, -rotation, rotation) * (math.pi / 180)
-    mirror = tf.where(uniform(5, 0.0, 1.0) < 0.5, -1.0, 1.0) if flip else tf.ones([batch])
-    cos, sin = tf.cos(angle), tf.sin(angle)
-    # Output pixel (x, y) is taken from (a x + b y + c, d x + e y + f), about the centre.
-    a, b = side[:, 0] * cos * mirror, -side[:, 0] * sin
-    d, e = side[:, 1] * sin * mirror, side[:, 1] * cos
-    x0, y0 = (width - 1) / 2, (height - 1) / 2
-    c = x0 + offset[:, 0] - a * x0 - b * y0
-    f = y0 + offset[:, 1] - d * x0 - e * y0
-    zero = tf.zeros([batch])
-    return tf.raw_ops.ImageProjectiveTransformV3(
-        images=tf.cast(images, tf.float32),
-        transforms=tf.stack([a, b, c, d, e, f, zero, zero], axis=1),
-        output_shape=(height, width),
-        interpolation="BILINEAR",
-        fill_mode="NEAREST",
-        fill_value=0.0,
-    )
+    stop = np.iinfo(np.int64).max if steps is None else first_step + steps
+    samples = tf.data.Dataset.range(first_step, stop).map(samples).unbatch()
+    images = samples.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return _one_hot(images.batch(size, drop_remainder=True), num_classes).prefetch(tf.data.AUTOTUNE)
 
 
-def _resized(split, image_size):
-    """The (uint8 image, label) of a split at the model's size, in memory if they fit."""
-    resized = split.dataset.map(
-        lambda image, label: (resize(image, image_size), label),
-        num_parallel_calls=tf.data.AUTOTUNE,
-        deterministic=True,
-    )
-    return resized.cache() if split.count * _image_bytes(image_size) <= CACHE_BYTES else resized
+def _part(batch_size, shard):
+    """The first position and the size of a shard of a batch."""
+    index, count = shard
+    if not 0 <= index < count:
+        raise ValueError(f"`shard` must be (i, n) with 0 <= i < n. Received: shard={shard!r}.")
+    if batch_size % count:
+        raise ValueError(
+            "The number of shards must divide `batch_size`. "
+            f"Received: batch_size={batch_size}, shard={shard!r}."
+        )
+    return index * (batch_size // count), batch_size // count
 
 
-def _shuffle_buffer(split, image_size):
-    return max(1, min(split.count, CACHE_BYTES // _image_bytes(image_size)))
+def _fits_in_memory(split, image_size):
+    small = all(own <= new for own, new in zip(typical_size(split), image_size, strict=True))
+    return small and split.count * _image_bytes(image_size) <= CACHE_BYTES
+
+
+def _read(split, image_size, count):
+    """The first images of a split, at the model's size, and their labels, as arrays."""
+    images, labels = np.empty((count, *image_size, 3), np.uint8), np.empty(count, np.int32)
+    read = _resized(tf.data.Dataset.range(count), split, image_size).as_numpy_iterator()
+    for index, (image, label) in enumerate(progress(read, "Reading images", count)):
+        images[index], labels[index] = image, label
+    return images, labels
+
+
+def _resized(indices, split, image_size):
+    """The (uint8 image, label) of a split's indices, at the model's size."""
+
+    def read(index):
+        image, label = split.load(index)
+        return resize(image, image_size), label
+
+    return indices.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
 def _image_bytes(image_size):

@@ -6,16 +6,17 @@ from keras_vit.data.digits import load_digits
 from keras_vit.data.folder import load_folder
 from keras_vit.data.structures import ImageData
 from keras_vit.data.tfds import load_tfds
+from keras_vit.data.tfrecord import load_tfrecord
 
-_FORMS = '"digits", "folder:PATH" or "tfds:NAME[:CONFIG]"'
+_FORMS = '"digits", "folder:PATH", "tfrecord:PATH" or "tfds:NAME[:CONFIG]"'
 
 
 def load_data(spec: str, *, skip_unreadable: bool = False) -> ImageData:
     """Loads labelled images in three disjoint splits that are the same every time.
 
     Args:
-        spec: "digits" (see `load_digits`), "folder:PATH" (see `load_folder`) or
-            "tfds:NAME[:CONFIG]" (see `load_tfds`).
+        spec: "digits" (see `load_digits`), "folder:PATH" (see `load_folder`),
+            "tfrecord:PATH" (see `load_tfrecord`) or "tfds:NAME[:CONFIG]" (see `load_tfds`).
         skip_unreadable: Whether to leave unreadable files of a folder out rather than to fail.
 
     Returns:
@@ -23,7 +24,7 @@ def load_data(spec: str, *, skip_unreadable: bool = False) -> ImageData:
 
     Raises:
         TypeError: If `spec` is not a string.
-        ValueError: If `spec` has none of the three forms, or the data cannot be used.
+        ValueError: If `spec` has none of the four forms, or the data cannot be used.
     """
     if not isinstance(spec, str):
         raise TypeError(f"`spec` must be a string: {_FORMS}. Received: spec={spec!r}.")
@@ -32,6 +33,8 @@ def load_data(spec: str, *, skip_unreadable: bool = False) -> ImageData:
         return load_digits()
     if source == "folder" and rest:
         return load_folder(rest, skip_unreadable=skip_unreadable)
+    if source == "tfrecord" and rest:
+        return load_tfrecord(rest)
     if source == "tfds" and rest:
         return load_tfds(rest)
     raise ValueError(f"`spec` must be {_FORMS}. Received: spec={spec!r}.")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_vit.data.structures import ImageData, Split, fingerprint
+from keras_vit.data.jpeg import decode_jpeg
+from keras_vit.data.records import Records, scan_records
+from keras_vit.data.structures import ImageData, Split, Window, cut, fingerprint, typical_size
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-_SAMPLED_SIZES = 64  # images whose sizes stand for all
 
 
 def load_tfds(name: str) -> ImageData:
@@ -25,9 +25,10 @@ def load_tfds(name: str) -> ImageData:
       validation, so that what is reported was not chosen by;
     - without both: 10 % of "train" for each.
 
-    Images are decoded as TFDS does, so that an EXIF orientation is ignored. Gray is repeated to
-    RGB, transparency is composited over white and 16-bit values are scaled by 1/257.
-    The files are read in their stored order; the set is never held in memory.
+    Images are decoded as TFDS does, so that an EXIF orientation is ignored, though with the
+    accurate arithmetic for JPEG. Gray is repeated to RGB, transparency is composited over white
+    and 16-bit values are scaled by 1/257. The order is the stored one, file after file; the set
+    is never held in memory.
 
     Args:
         name: "NAME" or "NAME:CONFIG". The files lie where TFDS keeps them; the environment
@@ -39,17 +40,18 @@ def load_tfds(name: str) -> ImageData:
 
     Raises:
         ValueError: If tensorflow-datasets is not installed, the set cannot be found or
-            downloaded, or it is not one of images with class labels.
+            downloaded, it is not one of images with class labels, or its files are no TFRecord
+            files, damaged or cut off.
     """
     builder = _prepare_builder(name)
     labels = _check_features(name, builder.info.features)
     counts, slices = _split_slices(name, builder)
-    datasets = {split: _read(builder, instruction) for split, instruction in slices.items()}
+    splits = _read_splits(name, builder, slices)
     return ImageData(
         name=f"tfds:{name}",
         class_names=tuple(labels.names),
-        **{split: Split(datasets[split], counts[split]) for split in datasets},
-        image_size=_typical_size(datasets["train"]),
+        **splits,
+        image_size=typical_size(splits["train"]),
         fingerprint=fingerprint(
             name=builder.info.full_name,  # with the config and the version
             class_names=labels.names,
@@ -125,21 +127,71 @@ def _split_slices(name: str, builder: Any) -> tuple[dict[str, int], dict[str, st
 
 def _is_labelled(builder: Any, sizes: dict[str, int], split: str | None) -> bool:
     """Whether a split exists and has labels: the tests of competitions have -1 instead."""
-    if not sizes.get(split):
-        return False
-    return all(label >= 0 for _, label in _read(builder, f"{split}[:1]"))
-
-
-def _read(builder: Any, instruction: str) -> tf.data.Dataset:
     import tensorflow_datasets as tfds
 
-    config = tfds.ReadConfig(try_autocache=False)  # whether to cache is the pipeline's choice
-    dataset = builder.as_dataset(split=instruction, shuffle_files=False, read_config=config)
-    return dataset.map(_to_pair, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    if not sizes.get(split):
+        return False
+    first = builder.as_dataset(split=f"{split}[:1]", decoders={"image": tfds.decode.SkipDecoding()})
+    return all(example["label"] >= 0 for example in first)
 
 
-def _to_pair(example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-    return _to_rgb(example["image"]), tf.cast(example["label"], tf.int32)
+def _read_splits(name: str, builder: Any, slices: dict[str, str]) -> dict[str, Split]:
+    """Random access to the images that each of some split instructions names."""
+    file_format = builder.info.file_format.value
+    if file_format != "tfrecord":
+        raise ValueError(
+            "The TFDS data set must be stored as TFRecord files. "
+            f"Received: tfds:{name} in the format {file_format!r}."
+        )
+    parts = {role: builder.info.splits[slices[role]].file_instructions for role in slices}
+    sizes = {part.filename: part.examples_in_shard for role in parts for part in parts[role]}
+    records = scan_records(list(sizes))
+    found = np.bincount(records.files, minlength=len(sizes))
+    if (wrong := np.flatnonzero(found != list(sizes.values()))).size:
+        path = list(sizes)[wrong[0]]
+        raise ValueError(
+            f"A file of tfds:{name} must have {sizes[path]} records. "
+            f"Received: {path!r} with {found[wrong[0]]}."
+        )
+    starts = dict(zip(sizes, np.cumsum(found) - found, strict=True))
+    return {
+        role: _to_split(builder.info.features, records.take(_places(parts[role], starts)))
+        for role in parts
+    }
+
+
+def _places(instructions: list[Any], starts: dict[str, int]) -> np.ndarray:
+    return np.concatenate(
+        [starts[part.filename] + part.skip + np.arange(part.take) for part in instructions]
+    )
+
+
+def _to_split(features: Any, records: Records) -> Split:
+    import tensorflow_datasets as tfds
+
+    def load(index: tf.Tensor, window: Window | None = None) -> tuple[tf.Tensor, tf.Tensor]:
+        example = features.deserialize_example(
+            records.tensor(index), decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        image = _decode(features["image"], example["image"], window)
+        return image, tf.cast(example["label"], tf.int32)
+
+    return Split(load, len(records.files))
+
+
+def _decode(feature: Any, data: tf.Tensor, window: Window | None) -> tf.Tensor:
+    def decode_any():
+        return cut(_to_rgb(feature.decode_example(data)), window)
+
+    def decode_plain_jpeg():
+        image = decode_jpeg(data, window, channels)
+        return tf.repeat(image, 3, axis=-1) if channels == 1 else image
+
+    channels = feature.shape[-1]
+    if feature.encoding_format == "png" or channels not in (1, 3):
+        return decode_any()
+    image = tf.cond(tf.io.is_jpeg(data), decode_plain_jpeg, decode_any)
+    return tf.ensure_shape(image, (*((None, None) if window else feature.shape[:2]), 3))
 
 
 def _to_rgb(image: tf.Tensor) -> tf.Tensor:
@@ -157,12 +209,3 @@ def _to_rgb(image: tf.Tensor) -> tf.Tensor:
 
 def _narrow(image: tf.Tensor) -> tf.Tensor:
     return (tf.cast(image, tf.int32) + 128) // 257  # 65535 / 255 = 257
-
-
-def _typical_size(dataset: tf.data.Dataset) -> tuple[int, int]:
-    shape = dataset.element_spec[0].shape[:2]
-    if shape.is_fully_defined():
-        return tuple(shape.as_list())
-    sizes = [image.shape[:2] for image, _ in itertools.islice(dataset, _SAMPLED_SIZES)]
-    height, width = np.median(sizes, axis=0)
-    return int(height), int(width)
