@@ -24,6 +24,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
+DATA_HELP = "digits, folder:PATH, tfds:NAME[:CONFIG] or tfrecord:PATH."
+
 RunArgument = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="A run folder.")]
 DataOption = Annotated[str | None, typer.Option(help="Other data of the same classes.")]
 SkipOption = Annotated[
@@ -38,6 +40,15 @@ class Precision(str, enum.Enum):
     float32 = "float32"
     mixed_bfloat16 = "mixed_bfloat16"
     mixed_float16 = "mixed_float16"
+
+
+class StrategyName(str, enum.Enum):
+    """The devices to train on."""
+
+    auto = "auto"
+    one = "one"
+    mirrored = "mirrored"
+    multiworker = "multiworker"
 
 
 class SplitName(str, enum.Enum):
@@ -63,9 +74,8 @@ def main():
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Option(help="digits, folder:PATH or tfds:NAME[:CONFIG].")] = (
-        "digits"
-    ),
+    context: typer.Context,
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "digits",
     out: Annotated[
         pathlib.Path | None, typer.Option(help="Run folder (default: runs/DATA).")
     ] = None,
@@ -79,8 +89,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="tiny, small or photos (default: by the size of the images); with weights "
-            "finetune_small (default) or finetune."
+            help="A name that `keras-vit recipes` lists (default: tiny, small or photos by the "
+            "size of the images; with weights finetune_small)."
         ),
     ] = None,
     variant: Annotated[
@@ -122,18 +132,43 @@ def train(
     rotation: Annotated[float | None, typer.Option(help="Largest angle in degrees.")] = None,
     shift: Annotated[float | None, typer.Option(help="Largest share of the side.")] = None,
     flip: Annotated[bool | None, typer.Option(help="Mirror half of the images.")] = None,
-    precision: Annotated[Precision, typer.Option(help="Dtype policy.")] = Precision.float32,
-    xla: Annotated[
-        bool | None, typer.Option(help="Compile with XLA (default: if Keras can).")
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any other field of the recipe, such as mixup=0.2; see `keras-vit recipes NAME`.",
+        ),
     ] = None,
+    precision: Annotated[Precision, typer.Option(help="Dtype policy.")] = Precision.float32,
+    xla: Annotated[bool, typer.Option(help="Compile with XLA.")] = True,
+    strategy: Annotated[
+        StrategyName, typer.Option(help="Devices; auto: all GPUs of all workers.")
+    ] = StrategyName.auto,
     early_stop: Annotated[
         int | None, typer.Option(help="Stop after so many epochs without progress.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    checkpoint_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints within an epoch.")
+    ] = None,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between them.")] = 10.0,
+    keep_checkpoints: Annotated[int, typer.Option(help="How many stay.")] = 2,
+    resume: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="RUN", help="Continue this run, as it was begun; with --strategy."),
+    ] = None,
     skip_unreadable: SkipOption = False,
     overwrite: OverwriteOption = False,
 ):
-    """Train a Vision Transformer, from scratch or from weights, and write a run folder."""
+    """Train a Vision Transformer, from scratch or from weights, and write a run folder.
+
+    SIGTERM saves a checkpoint and ends with exit status 0; --resume continues.
+    """
+    if resume is not None:
+        check_resume_options(context)
+        continue_run(resume, strategy)
+        return
     overrides = {
         "variant": variant,
         "image_size": image_size,
@@ -158,23 +193,77 @@ def train(
         "shift": shift,
         "flip": flip,
     }
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    out = out or pathlib.Path("runs") / run_name(data)
     start_tensorflow()
     from keras_vit.training import train
+    from keras_vit.training.recipes import parse_override
 
-    train(
-        data,
-        out or pathlib.Path("runs") / run_name(data),
-        weights=weights,
-        num_heads=num_heads,
-        recipe=recipe,
-        precision=precision.value,
-        jit_compile="auto" if xla is None else xla,
-        early_stop=early_stop,
-        seed=seed,
-        skip_unreadable=skip_unreadable,
-        overwrite=overwrite,
-        **{name: value for name, value in overrides.items() if value is not None},
-    )
+    with ending_on_sigterm(out):
+        train(
+            data,
+            out,
+            weights=weights,
+            num_heads=num_heads,
+            recipe=recipe,
+            precision=precision.value,
+            jit_compile=xla,
+            strategy=strategy.value,
+            early_stop=early_stop,
+            seed=seed,
+            checkpoint_steps=checkpoint_steps,
+            checkpoint_minutes=checkpoint_minutes,
+            keep_checkpoints=keep_checkpoints,
+            skip_unreadable=skip_unreadable,
+            overwrite=overwrite,
+            **overrides | dict(parse_override(setting) for setting in settings or ()),
+        )
+
+
+def check_resume_options(context):
+    """Raises ValueError if --resume came with options that the run itself says."""
+    given = [
+        name
+        for name in context.params
+        if context.get_parameter_source(name).name == "COMMANDLINE"
+        and name not in ("resume", "strategy")
+    ]
+    if given:
+        raise ValueError(
+            "--resume continues a run as it was begun: --strategy alone can be given with it. "
+            f"Received: {', '.join('--' + name.replace('_', '-') for name in given)}."
+        )
+
+
+def continue_run(run, strategy):
+    """Resumes a run."""
+    start_tensorflow()
+    from keras_vit.training import resume
+
+    with ending_on_sigterm(run):
+        resume(run, strategy=strategy.value)
+
+
+@contextlib.contextmanager
+def ending_on_sigterm(run):
+    """Says how to go on when SIGTERM ended the training, which is then no error."""
+    from keras_vit.training import TrainingInterrupted
+
+    try:
+        yield
+    except TrainingInterrupted as interruption:
+        print(f"{interruption} Continue with: keras-vit train --resume {run}", flush=True)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe, to see all of it.")] = None,
+):
+    """List the recipes, or say what one of them does and where it comes from."""
+    start_tensorflow()
+    from keras_vit.training.recipe_table import recipe_details, recipes_table
+
+    Console().print(recipes_table() if name is None else recipe_details(name))
 
 
 @app.command()
@@ -239,7 +328,7 @@ def predict(
 @app.command()
 def probe(
     weights: Annotated[str, typer.Option(help="A checkpoint: a file, hf://OWNER/NAME or a URL.")],
-    data: Annotated[str, typer.Option(help="digits, folder:PATH or tfds:NAME[:CONFIG].")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[
         pathlib.Path | None, typer.Option(help="Folder (default: runs/probe-WEIGHTS-DATA).")
     ] = None,

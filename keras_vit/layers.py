@@ -385,9 +385,7 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         self.layer_norm_epsilon = layer_norm_epsilon
         dtype = self.dtype_policy
         self.dropout = Dropout(dropout, dtype=dtype, name="dropout")
-        self.attention_dropout = Dropout(
-            attention_dropout, dtype=dtype, name="attention_dropout"
-        )
+        self.attention_dropout = Dropout(attention_dropout, dtype=dtype, name="attention_dropout")
         if qk_norm:
             self.query_norm = keras.layers.LayerNormalization(
                 epsilon=layer_norm_epsilon, dtype=dtype, name="query_norm"
@@ -610,9 +608,7 @@ class TransformerBlock(keras.layers.Layer):
         )
         self.layer_scale2 = self._layer_scale("layer_scale2")
         # One decision per image and branch: the mask is (B, 1, 1).
-        self.drop_path = Dropout(
-            drop_path, noise_shape=(None, 1, 1), dtype=dtype, name="drop_path"
-        )
+        self.drop_path = Dropout(drop_path, noise_shape=(None, 1, 1), dtype=dtype, name="drop_path")
 
     def _layer_scale(self, name):
         if self.layer_scale is None:

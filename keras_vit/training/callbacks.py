@@ -1,12 +1,17 @@
-"""What `train` does besides fitting: progress, checkpoints, and stopping at a loss of NaN."""
+"""What `train` does besides fitting: progress, models, checkpoints, and when to stop."""
 
+import contextlib
 import math
+import signal
+import threading
 import time
+import warnings
 
 import keras
 from rich import progress
 
-from keras_vit.files import replacing
+from keras_vit.training.checkpoints import save_state
+from keras_vit.training.keras_internals import weight_averages
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -35,36 +40,148 @@ class StopOnNonFinite(keras.callbacks.Callback):
                 )
 
 
-class Checkpoints(keras.callbacks.Callback):
-    """Saves `last.keras` after every epoch, and `best.keras` when validation accuracy rises.
+class TrainingInterrupted(Exception):
+    """The process was told to terminate; the run can be resumed."""
+
+
+@contextlib.contextmanager
+def averaged_weights(model):
+    """Puts the moving averages of the weights in their place within the block.
+
+    With an optimizer without `use_ema`, nothing changes. Keras' `SwapEMAWeights` swaps by adding
+    and subtracting, after which the weights are not the same to the last bit.
+    """
+    pairs = weight_averages(model.optimizer)
+    kept = [keras.ops.convert_to_numpy(weight) for weight, _ in pairs]
+    for weight, average in pairs:
+        weight.assign(average)
+    try:
+        yield
+    finally:
+        for (weight, _), value in zip(pairs, kept, strict=True):
+            weight.assign(value)
+
+
+class Averages(keras.callbacks.Callback):
+    """Has the validation within `fit` done with the averaged weights."""
+
+    def on_test_begin(self, logs=None):
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(averaged_weights(self.model))
+
+    def on_test_end(self, logs=None):
+        self.stack.close()
+
+
+class BestModel(keras.callbacks.Callback):
+    """Saves `best.keras` when validation accuracy rises, with averaged weights if there are any.
 
     Of epochs with equal accuracy, the one with the smaller validation loss is the best.
 
     Args:
-        folder: The run folder.
+        save: Function (model, name) that writes a model to the run folder.
         patience: Epochs without a new best before training stops, or None.
     """
 
-    def __init__(self, folder, patience=None):
+    def __init__(self, save, patience=None):
         super().__init__()
-        self.folder = folder
+        self.save = save
         self.patience = patience
-        self.best_epoch = 0
-        self.best_accuracy = -math.inf
-        self.best_loss = math.inf
+        self.epoch = 0
+        self.accuracy = -math.inf
+        self.loss = math.inf
 
     def on_epoch_end(self, epoch, logs=None):
-        self._save("last.keras")
         accuracy, loss = logs["val_accuracy"], logs["val_loss"]
-        if (accuracy, -loss) > (self.best_accuracy, -self.best_loss):
-            self.best_epoch, self.best_accuracy, self.best_loss = epoch + 1, accuracy, loss
-            self._save("best.keras")
-        elif self.patience is not None and epoch + 1 - self.best_epoch >= self.patience:
+        if (accuracy, -loss) > (self.accuracy, -self.loss):
+            self.epoch, self.accuracy, self.loss = epoch + 1, accuracy, loss
+            with averaged_weights(self.model):
+                self.save("best.keras")
+        elif self.patience is not None and epoch + 1 - self.epoch >= self.patience:
             self.model.stop_training = True
 
-    def _save(self, name):
-        with replacing(self.folder / name) as path:
-            self.model.save(path)
+
+class Checkpoints(keras.callbacks.Callback):
+    """Saves what the next step depends on, after every epoch and within it; stops on SIGTERM.
+
+    A checkpoint that cannot be written, as on a full disk, is a warning, and the one before stays.
+
+    Args:
+        folder: The run folder, or None for a worker that does not write.
+        best: The run's `BestModel`, which a checkpoint speaks of.
+        steps_per_epoch: Steps of a whole epoch.
+        every_steps: Steps between checkpoints, or None.
+        every_minutes: Minutes between checkpoints, or None.
+        keep: How many stay, at least 1.
+    """
+
+    def __init__(self, folder, best, steps_per_epoch, *, every_steps, every_minutes, keep):
+        super().__init__()
+        self.folder = folder
+        self.best = best
+        self.steps_per_epoch = steps_per_epoch
+        self.every_steps = every_steps
+        self.every_minutes = every_minutes
+        self.keep = keep
+        self.terminated = False
+        self.last_time = time.monotonic()
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Notes SIGTERM within the block, in the main thread, the only one that can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(*_):
+            self.terminated = True
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        # After the last step come the validation and its results: that checkpoint has to wait.
+        if batch + 1 < self.steps_per_epoch and self.folder is not None:
+            self._save_if_due(self.epoch, batch + 1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.folder is not None:
+            self._save(epoch + 1, 0)
+
+    def _save_if_due(self, epoch, step):
+        step_due = time_due = False
+        if self.every_steps is not None:
+            step_due = (epoch * self.steps_per_epoch + step) % self.every_steps == 0
+        if self.every_minutes is not None:
+            time_due = time.monotonic() - self.last_time >= 60 * self.every_minutes
+        if step_due or time_due or self.terminated:
+            self._save(epoch, step)
+
+    def _save(self, epoch, step):
+        position = {
+            "step": epoch * self.steps_per_epoch + step,
+            "epoch": epoch,
+            "step_of_epoch": step,
+            "stopped": bool(self.model.stop_training),
+            "best": [self.best.epoch, self.best.accuracy, self.best.loss],
+        }
+        try:
+            save_state(self.model, self.folder, position, self.keep)
+        except OSError as error:
+            warnings.warn(
+                f"The checkpoint of step {position['step']} could not be written ({error}): "
+                "training goes on, and the one before stays.",
+                stacklevel=2,
+            )
+        self.last_time = time.monotonic()
+        if self.terminated:
+            raise TrainingInterrupted(f"Stopped by SIGTERM at step {position['step']}.")
 
 
 class Progress(keras.callbacks.Callback):
@@ -104,9 +221,11 @@ class Progress(keras.callbacks.Callback):
         )
         self.start = time.perf_counter()
         self.training_seconds = None
+        self.steps = 0  # of this epoch, less than all where a run is resumed in it
 
     def on_train_batch_end(self, batch, logs=None):
-        figures = self._figures(logs, (batch + 1) * self.batch_size, time.perf_counter())
+        self.steps += 1
+        figures = self._figures(logs, self.steps * self.batch_size, time.perf_counter())
         self.bar.update(self.task, completed=batch + 1, figures=figures)
 
     def on_test_begin(self, logs=None):
@@ -116,7 +235,7 @@ class Progress(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.bar.remove_task(self.task)
         now = self.start + (self.training_seconds or time.perf_counter() - self.start)
-        images = self.params["steps"] * self.batch_size
+        images = self.steps * self.batch_size
         self.console.print(f"epoch {self.epoch}  {self._figures(logs, images, now)}")
         logs["images_per_second"] = images / (now - self.start)
         logs["learning_rate"] = float(self.model.optimizer.learning_rate)

@@ -51,6 +51,7 @@ class DistributedModel(StrategyModel):
         *,
         micro_batches=1,
         mixing=None,
+        seed=0,
         jit_compile="auto",
         run_eagerly=False,
         **kwargs,
@@ -63,7 +64,8 @@ class DistributedModel(StrategyModel):
             micro_batches: Parts k >= 1 in which a replica goes through its part of a batch, one
                 after the other, before the one update: less memory for the same result. Divides
                 the images of a replica.
-            mixing: `keras_vit.training.Mixing` or None.
+            mixing: `keras_vit.training.Mixing` or None; each part of a batch has to be even.
+            seed: Seed of the mixing, an int.
             jit_compile: Whether XLA compiles the step; "auto": yes, on CPUs and under a strategy
                 too, where Keras does not.
             run_eagerly: As in Keras.
@@ -76,7 +78,8 @@ class DistributedModel(StrategyModel):
         """
         if not isinstance(micro_batches, int) or micro_batches < 1:
             raise ValueError(
-                f"`micro_batches` must be a positive int. Received: micro_batches={micro_batches!r}."
+                "`micro_batches` must be a positive int. "
+                f"Received: micro_batches={micro_batches!r}."
             )
         if keras.distribution.distribution() is not None:
             raise ValueError(
@@ -86,12 +89,11 @@ class DistributedModel(StrategyModel):
             )
         self.micro_batches = micro_batches
         self.mixing = mixing
+        self.seed = seed
         self.xla = not run_eagerly if jit_compile == "auto" else bool(jit_compile)
         # Under a strategy, a replica's part of the step is compiled here instead of the whole.
         whole_step = self.xla and self.strategy is None
-        super().compile(
-            optimizer, loss, jit_compile=whole_step, run_eagerly=run_eagerly, **kwargs
-        )
+        super().compile(optimizer, loss, jit_compile=whole_step, run_eagerly=run_eagerly, **kwargs)
         if self.strategy is not None:
             for inner in inner_optimizers(self.optimizer):
                 _check_optimizer(inner, self.strategy)
@@ -102,6 +104,7 @@ class DistributedModel(StrategyModel):
         if config:
             config["jit_compile"] = self.xla
             config["micro_batches"] = self.micro_batches
+            config["seed"] = self.seed
             config["mixing"] = keras.saving.serialize_keras_object(self.mixing)
         return config
 
@@ -160,7 +163,7 @@ class DistributedModel(StrategyModel):
         return self(x, training=False)
 
     def _compiled(self, function):
-        """A part of the step, compiled for one replica: made anew for each, as its variables are."""
+        """A part of the step, compiled for one replica and its variables."""
         if self.strategy is None or not self.xla:
             return function
         return tf.function(function, jit_compile=True, reduce_retracing=True, autograph=False)
@@ -168,7 +171,7 @@ class DistributedModel(StrategyModel):
     def _mean_gradients(self, x, y, sample_weight, step, first_row):
         """The labels, outputs, loss and gradients of a replica's part of the batch."""
         if self.mixing is not None:
-            x, y = self.mixing(x, y, step)
+            x, y = self.mixing(x, y, tf.stack([tf.constant(self.seed, tf.int64), step]))
         if self.micro_batches == 1:
             return y, *self._gradients(x, y, sample_weight, step, first_row)
         return y, *self._accumulated_gradients(x, y, sample_weight, step, first_row)
@@ -227,13 +230,13 @@ def _check_optimizer(optimizer, strategy):
     steps = getattr(optimizer, "gradient_accumulation_steps", None)
     if steps is not None:
         raise ValueError(
-            "Under a strategy, gradients are accumulated by compile(micro_batches=k), with batches "
-            f"k times as large, not by the optimizer. Received: gradient_accumulation_steps={steps}."
+            "Under a strategy, compile(micro_batches=k) accumulates gradients, with batches k "
+            f"times as large. Received: an optimizer with gradient_accumulation_steps={steps}."
         )
     frequency = getattr(optimizer, "ema_overwrite_frequency", None)
     if frequency is not None:
         raise ValueError(
-            "Under a strategy, `ema_overwrite_frequency` of the optimizer must be None: the weights "
+            "Under a strategy, the optimizer's `ema_overwrite_frequency` must be None: the weights "
             f"become their average at the end of `fit`. Received: {frequency!r}."
         )
 
@@ -265,11 +268,15 @@ def _draws(step, first_row):
 
 
 def _uniform(shape, key, counter):
-    return tf.raw_ops.StatelessRandomUniformV2(shape=shape, key=key, counter=counter, alg=PHILOX)
+    """float32 in [0, 1). Of whole numbers, of which XLA draws the same as TensorFlow without it."""
+    bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=shape, key=key, counter=counter, alg=PHILOX, dtype=tf.uint32
+    )
+    return tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.float32) * 2**-24
 
 
 def _place_in_batch(x):
-    """The first row of a replica's part in the global batch, and its share of a mean part's size."""
+    """A replica's first row in the global batch, and its part's size over the mean size."""
     replica = tf.distribute.get_replica_context()
     index, replicas = replica.replica_id_in_sync_group, replica.num_replicas_in_sync
     count = _count(x)

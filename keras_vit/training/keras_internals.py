@@ -24,7 +24,11 @@ ATTRIBUTES = {
 INSTANCE_ATTRIBUTES = {
     "model": ("_distribute_strategy", "_loss_tracker"),
     "layer": ("_seed_generators",),
-    "optimizer": ("_distribution_strategy", "_model_variables_moving_average"),
+    "optimizer": (
+        "_distribution_strategy",
+        "_trainable_variables",
+        "_model_variables_moving_average",
+    ),
     "epoch_iterator": ("steps_per_epoch",),
 }
 
@@ -128,8 +132,15 @@ def creation_strategy(optimizer):
 
 
 def weight_averages(optimizer):
-    """The moving averages that an optimizer with `use_ema` keeps, in the order of its variables."""
-    return optimizer._model_variables_moving_average
+    """The (weight, moving average) pairs of an optimizer; none without `use_ema`."""
+    return [
+        pair
+        for inner in inner_optimizers(optimizer)
+        if inner.use_ema
+        for pair in zip(
+            inner._trainable_variables, inner._model_variables_moving_average, strict=True
+        )
+    ]
 
 
 def _next_by_replica(stock):

@@ -1,9 +1,9 @@
 """The run folder: everything to look at, reproduce, evaluate and export a training run.
 
 run.json             configuration, seed, versions, data fingerprint, results
-best.keras           the model of the epoch with the best validation accuracy; of a run from
-                     weights without its optimizer
-last.keras           the model and optimizer after the last epoch
+best.keras           the model of the epoch with the best validation accuracy
+last.keras           the model after the last epoch
+checkpoints/         what training continues from, see `keras_vit.training.checkpoints`
 history.csv          one row per epoch
 curves.png           loss and accuracy over the epochs
 tensorboard/         the same for TensorBoard
@@ -135,8 +135,8 @@ def new_run_folder(folder, overwrite):
         overwrite: Whether a run may stand there.
 
     Yields:
-        The folder as a `pathlib.Path`. If the block fails before there is a `last.keras`, the run
-        that stood there is put back.
+        The folder as a `pathlib.Path`. If the block fails before there is a model or a checkpoint,
+        the run that stood there is put back.
     """
     check_run_folder(folder, overwrite)
     folder = pathlib.Path(folder).absolute()
@@ -147,7 +147,8 @@ def new_run_folder(folder, overwrite):
     try:
         yield folder
     finally:
-        if old.exists() and (folder / "last.keras").exists():
+        begun = (folder / "best.keras").exists() or (folder / "checkpoints").exists()
+        if old.exists() and begun:
             shutil.rmtree(old)
         elif old.exists():
             shutil.rmtree(folder)

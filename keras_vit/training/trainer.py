@@ -1,27 +1,48 @@
-"""`train`: data and a recipe in, a run folder out."""
+"""`train`: data and a recipe in, a run folder out; `resume`: on from where a run stood."""
 
 import contextlib
 import csv
 import dataclasses
 import datetime
+import io
 import math
+import pathlib
 import time
+import warnings
 
 import keras
 import matplotlib.figure
 import tensorflow as tf
 from rich.console import Console
 
+from keras_vit.config import ViTConfig
 from keras_vit.data import load_data
 from keras_vit.data.pipeline import evaluation_batches, training_batches
-from keras_vit.files import replacing
+from keras_vit.files import replacing, write_text
 from keras_vit.model import build_vit, vit_arguments
 from keras_vit.training.backbone import load_backbone
-from keras_vit.training.callbacks import Checkpoints, Progress, StopOnNonFinite
+from keras_vit.training.callbacks import (
+    Averages,
+    BestModel,
+    Checkpoints,
+    Progress,
+    StopOnNonFinite,
+    TrainingInterrupted,
+)
+from keras_vit.training.checkpoints import current_state, load_state, restore_state
+from keras_vit.training.distributed import DistributedModel
 from keras_vit.training.evaluation import evaluate
+from keras_vit.training.losses import build_loss, set_head_bias
 from keras_vit.training.optimizers import build_optimizer
-from keras_vit.training.recipes import resolve_recipe
-from keras_vit.training.run import Run, check_run_folder, new_run_folder, save_run
+from keras_vit.training.recipes import Recipe, resolve_recipe
+from keras_vit.training.run import (
+    Run,
+    check_run_folder,
+    load_run,
+    new_run_folder,
+    save_run,
+)
+from keras_vit.training.workers import join_workers
 from keras_vit.versions import versions
 from keras_vit.weights.loading import HEAD
 from keras_vit.weights.sources import local_path, sha256
@@ -39,17 +60,21 @@ def train(
     recipe=None,
     precision="float32",
     jit_compile="auto",
+    strategy="auto",
     early_stop=None,
     seed=0,
+    checkpoint_steps=None,
+    checkpoint_minutes=10.0,
+    keep_checkpoints=2,
     skip_unreadable=False,
     overwrite=False,
     **overrides,
 ):
     """Trains a Vision Transformer on images and writes a run folder.
 
-    From scratch, or from a checkpoint, whose head gives way to a new one that starts at zero.
-    Linear warm-up and cosine decay of the learning rate; the weight decay acts on kernels alone,
-    not on biases, norms, tokens and positions.
+    From scratch, or from a checkpoint, whose head gives way to a new one that starts at zero. On
+    any number of devices and workers the result is the same, up to rounding, and an interrupted
+    run goes on by `resume` to the result it would have had.
 
     Example:
 
@@ -58,25 +83,31 @@ def train(
         model = run.model()
 
     Args:
-        data: "digits", "folder:PATH" or "tfds:NAME[:CONFIG]".
+        data: "digits", "folder:PATH", "tfds:NAME[:CONFIG]" or "tfrecord:PATH".
         out: The run folder to write; see `keras_vit.training.run` for what it holds.
         weights: A checkpoint to start from, as `keras_vit.from_checkpoint` takes it, or None.
         num_heads: Attention heads, for a checkpoint that does not say.
         recipe: A `Recipe`, a name of `RECIPES`, or None: "finetune_small" with weights, else the
             one that fits the images' size.
         precision: "float32", "mixed_bfloat16" or "mixed_float16".
-        jit_compile: Whether XLA compiles the training step; "auto": wherever Keras can.
+        jit_compile: Whether XLA compiles the training step; "auto": yes.
+        strategy: "auto", "one", "mirrored" or "multiworker": the devices to train on; see
+            `keras_vit.training.cluster.build_strategy`. With several workers each of them makes
+            the same call; the chief alone writes.
         early_stop: Epochs without a new best model (by validation accuracy, then loss) before
             training stops, or None.
-        seed: Seed of the weights, the order of the images and the augmentation.
+        seed: Seed of the weights, the order of the images, the augmentation and the dropout.
+        checkpoint_steps: Steps between checkpoints within an epoch, or None. There is one after
+            each epoch in any case.
+        checkpoint_minutes: Minutes between checkpoints within an epoch, or None.
+        keep_checkpoints: How many checkpoints stay, at least 1.
         skip_unreadable: Leave out files that cannot be read instead of refusing them.
         overwrite: Replace the run that stands at `out`.
         **overrides: Fields of the recipe to change, such as `epochs=20`.
 
     Returns:
-        The `Run`. `run.info["results"]` has the accuracies; `run.model()` loads the best model.
-        Trained from weights, that model comes without an optimizer, and nothing in it is frozen,
-        whatever was in training.
+        The `Run`. `run.info["results"]` has the accuracies; `run.model()` loads the best model,
+        without an optimizer.
 
     Raises:
         ValueError: An argument is out of its range or does not fit another, the checkpoint or the
@@ -84,15 +115,19 @@ def train(
         TypeError: An override is not a field of `Recipe`.
         NonFiniteLossError: The training diverged; the last good model stays in `out`, or the
             run that was to be replaced if there is none yet.
+        TrainingInterrupted: SIGTERM came; `resume` continues.
+        RuntimeError: Another worker was lost; `resume` continues.
 
     Source: fine-tuning as in the paper (arXiv 2010.11929, Sections 3.2 and B.1.1): the whole head
     of pre-training is left out, `pre_logits` too, and positions are interpolated.
     """
-    _check_arguments(precision, weights, num_heads)
-    check_run_folder(out, overwrite)
+    _check_arguments(precision, weights, num_heads, checkpoint_steps, keep_checkpoints)
+    early = resolve_recipe(recipe, (0, 0), overrides, weights)
+    workers = join_workers(strategy)
+    if workers.is_chief:
+        check_run_folder(out, overwrite)
     # The images may take minutes to read, so that everything else is checked before. Without
     # weights, the recipe that None stands for depends on them.
-    early = resolve_recipe(recipe, (0, 0), overrides, weights)
     source = backbone = None
     if weights is not None:
         path = local_path(weights)
@@ -104,34 +139,131 @@ def train(
             pooling=early.pooling,
             normalization=early.normalization,
         )
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = _console(workers)
     data = load_data(data, skip_unreadable=skip_unreadable)
     recipe = resolve_recipe(recipe, data.image_size, overrides, weights)
-    recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, data.train.count))
-    keras.utils.set_random_seed(seed)
-    with dtype_policy(precision):
-        model = build_model(recipe, data.num_classes, backbone)
-    del backbone
+    recipe = _fit_batch(recipe, data.train.count, workers.replicas)
     options = {
         "precision": precision,
         "jit_compile": jit_compile,
         "early_stop": early_stop,
         "seed": seed,
+        "checkpoint_steps": checkpoint_steps,
+        "checkpoint_minutes": checkpoint_minutes,
+        "keep_checkpoints": keep_checkpoints,
     }
-    info = _describe(data, source, recipe, options, model)
-    with new_run_folder(out, overwrite) as folder:
+    arguments = model_arguments(recipe, data.num_classes, backbone)
+    model = _compiled_model(arguments, recipe, data, options, workers, backbone)
+    del backbone
+    info = _describe(data, source, recipe, options, workers, model)
+    with new_run_folder(out, overwrite) if workers.is_chief else _no_folder(out) as folder:
         run = Run(folder, info)
-        save_run(run)
+        _save_run(run, workers)
         _print_header(console, run, model)
         if weights is not None and recipe.image_size is None:
             _print_large(console, model)
         for path in data.skipped:
             console.print(f"skipped {path}")
-        _fit_and_record(run, model, data, recipe, console)
+        _fit_and_record(run, model, data, recipe, console, workers)
     return run
 
 
-def _check_arguments(precision, weights, num_heads):
+def resume(run, *, strategy="auto"):
+    """Continues a run that was interrupted, to the result it would have had.
+
+    Everything is as `train` was told, and goes on from the newest whole checkpoint: bit for bit on
+    CPUs with as many workers, up to rounding with another number of them. Reported training losses
+    and accuracies of the epoch that was interrupted are those of its rest.
+
+    Args:
+        run: The run folder.
+        strategy: As in `train`; it need not be the same as before.
+
+    Returns:
+        The `Run`; one that was finished before is returned as it is.
+
+    Raises:
+        ValueError: `run` is not a run folder of this version, its data have changed since it
+            began, or none of its checkpoints is whole.
+        TrainingInterrupted: As in `train`, and so are RuntimeError and NonFiniteLossError.
+
+    Warns:
+        UserWarning: A checkpoint is damaged, and the one before it was taken; or other versions
+            of the libraries began the run, so that its end may differ.
+    """
+    workers = join_workers(strategy)
+    console = _console(workers)
+    info = workers.json_from_chief(load_run(run).info if workers.is_chief else None)
+    run = Run(pathlib.Path(run).absolute(), info)
+    if run.info["results"]["status"] == "finished":
+        console.print(f"{run.folder} is finished: nothing to resume")
+        return run
+    if "arguments" not in run.info["model"]:
+        raise ValueError(f"{run.folder} was begun by an older keras-vit, without checkpoints.")
+    if versions() != run.info["versions"]:
+        warnings.warn(
+            f"The run was begun with {run.info['versions']}, and goes on with {versions()}: its "
+            "result may differ in the last digits.",
+            stacklevel=2,
+        )
+    data = _same_data(run)
+    recipe = Recipe(**_with_config(run.info["recipe"]))
+    _check_batch(recipe, workers.replicas)
+    arguments = _with_config(run.info["model"]["arguments"])
+    model = _compiled_model(arguments, recipe, data, run.info["options"], workers)
+    _print_header(console, run, model)
+    position = _restore(run, model, recipe, data, workers, console)
+    _fit_and_record(run, model, data, recipe, console, workers, position)
+    return run
+
+
+def _with_config(fields):
+    """The fields that JSON holds, with their `ViTConfig` made of its own."""
+    variant = fields["variant"]
+    return {**fields, "variant": ViTConfig(**variant) if isinstance(variant, dict) else variant}
+
+
+def _same_data(run):
+    """The data of a run, if they have not changed since it began."""
+    recorded = run.info["data"]
+    data = load_data(recorded["name"], skip_unreadable=recorded["skipped"] > 0)
+    if data.fingerprint != recorded["fingerprint"]:
+        raise ValueError(
+            f"{data.name} has changed since the run began, so that it cannot go on as it would "
+            f"have: put the data back, or train anew. Received: {data.train.count} training images "
+            f"with the fingerprint {data.fingerprint}, expected {recorded['train']} with "
+            f"{recorded['fingerprint']}."
+        )
+    return data
+
+
+def _restore(run, model, recipe, data, workers, console):
+    """Gives the model the chief's newest checkpoint; returns where it stood, None at the start."""
+    found = load_state(run.folder) if workers.is_chief else None
+    position = workers.json_from_chief(found and found[0])
+    if position is None:
+        console.print("no checkpoint yet: from the beginning")
+        return None
+    state = found[1] if workers.is_chief else current_state(model)
+    with workers.scope():
+        restore_state(model, {name: workers.from_chief(state[name]) for name in sorted(state)})
+    if workers.is_chief:
+        _cut_history(run.folder, position["epoch"])
+    steps = recipe.epochs * _steps_per_epoch(recipe, data)
+    console.print(f"from step {position['step']:,} of {steps:,}")
+    return position
+
+
+def _cut_history(folder, epochs):
+    """Leaves the first epochs in history.csv; a run may have died after writing more."""
+    path = folder / "history.csv"
+    if path.exists():
+        rows = list(csv.reader(io.StringIO(path.read_text())))
+        kept = rows[:1] + [row for row in rows[1:] if int(row[0]) < epochs]
+        write_text(path, "".join(",".join(row) + "\n" for row in kept))
+
+
+def _check_arguments(precision, weights, num_heads, checkpoint_steps, keep_checkpoints):
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {PRECISIONS}. Received: {precision!r}.")
     if keras.backend.backend() != "tensorflow":
@@ -141,42 +273,104 @@ def _check_arguments(precision, weights, num_heads):
         )
     if num_heads is not None and weights is None:
         raise ValueError(f"`num_heads` is for `weights` alone. Received: num_heads={num_heads!r}.")
+    if checkpoint_steps is not None and checkpoint_steps < 1:
+        raise ValueError(
+            f"`checkpoint_steps` must be at least 1. Received: checkpoint_steps={checkpoint_steps}."
+        )
+    if keep_checkpoints < 1:
+        raise ValueError(
+            f"`keep_checkpoints` must be at least 1. Received: keep_checkpoints={keep_checkpoints}."
+        )
 
 
-def build_model(recipe, num_classes, backbone=None):
-    """The model of a recipe, or a copy of a backbone with a head of zeros."""
+def _fit_batch(recipe, images, replicas):
+    """The recipe with a batch that there are images for and that divides into equal parts."""
+    _check_batch(recipe, replicas)
+    unit = _batch_unit(recipe, replicas)
+    if images < unit:
+        raise ValueError(
+            f"There must be an image for each of {unit} parts of a batch. Received: {images} "
+            "training images."
+        )
+    return dataclasses.replace(recipe, batch_size=min(recipe.batch_size, images // unit * unit))
+
+
+def _check_batch(recipe, replicas):
+    unit = _batch_unit(recipe, replicas)
+    if recipe.batch_size % unit:
+        pairs = ", in pairs for MixUp or CutMix" if recipe.mixing else ""
+        raise ValueError(
+            f"`batch_size` must be a multiple of {unit}: {replicas} devices with "
+            f"{recipe.micro_batches} micro-batches each{pairs}. "
+            f"Received: batch_size={recipe.batch_size}."
+        )
+
+
+def _batch_unit(recipe, replicas):
+    return replicas * recipe.micro_batches * (2 if recipe.mixing else 1)
+
+
+def _steps_per_epoch(recipe, data):
+    return math.ceil(data.train.count / recipe.batch_size)
+
+
+def model_arguments(recipe, num_classes, backbone=None):
+    """The arguments of `build_vit` for a recipe's model, or for a backbone with a new head."""
     if backbone is not None:
-        return _build_on(backbone, recipe, num_classes)
-    return build_vit(
-        recipe.variant,
-        image_size=recipe.image_size,
-        num_classes=num_classes,
-        patch_size=recipe.patch_size,
-        pooling=recipe.pooling,
-        class_token=recipe.pooling not in ("gap", "map"),
-        position=recipe.position,
-        dropout=recipe.dropout,
-        drop_path=recipe.drop_path,
-        normalization=recipe.normalization,
-    )
-
-
-def _build_on(backbone, recipe, num_classes):
-    arguments = vit_arguments(backbone)
-    frozen = recipe.freeze_backbone
-    arguments |= {
+        frozen = recipe.freeze_backbone
+        return vit_arguments(backbone) | {
+            "num_classes": num_classes,
+            "dropout": 0.0 if frozen else recipe.dropout,
+            "drop_path": 0.0 if frozen else recipe.drop_path,
+        }
+    return {
+        "variant": recipe.variant,
+        "image_size": recipe.image_size,
         "num_classes": num_classes,
-        "dropout": 0.0 if frozen else recipe.dropout,
-        "drop_path": 0.0 if frozen else recipe.drop_path,
+        "patch_size": recipe.patch_size,
+        "pooling": recipe.pooling,
+        "class_token": recipe.pooling not in ("gap", "map"),
+        "position": recipe.position,
+        "dropout": recipe.dropout,
+        "drop_path": recipe.drop_path,
+        "layer_scale": recipe.layer_scale,
+        "normalization": recipe.normalization,
     }
+
+
+def build_model(arguments, recipe, backbone=None):
+    """The model of `model_arguments`, with the weights of a backbone, and frozen as asked."""
     model = build_vit(**arguments)
-    loaded = {weight.path: weight for weight in backbone.weights}
+    loaded = {weight.path: weight for weight in backbone.weights} if backbone else {}
     for weight in model.weights:
-        if not weight.path.startswith(HEAD):
+        if weight.path.startswith(HEAD):
+            continue
+        if loaded:
             weight.assign(loaded[weight.path])
-            if frozen:
-                # Not its layer's `trainable`, which Keras saves and restores by halves.
-                weight.trainable = False
+        if recipe.freeze_backbone:
+            # Not its layer's `trainable`, which Keras saves and restores by halves.
+            weight.trainable = False
+    if recipe.head_bias:
+        set_head_bias(model, recipe.head_bias)
+    return model
+
+
+def _compiled_model(arguments, recipe, data, options, workers, backbone=None):
+    """The `DistributedModel` of a run, ready for `fit`."""
+    keras.utils.set_random_seed(options["seed"])
+    with dtype_policy(options["precision"]), workers.scope():
+        vit = build_model(arguments, recipe, backbone)
+        model = DistributedModel(vit.inputs, vit.outputs, name=vit.name)
+        model.compile(
+            optimizer=build_optimizer(recipe, model, _steps_per_epoch(recipe, data)),
+            loss=build_loss(recipe),
+            metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+            micro_batches=recipe.micro_batches,
+            mixing=recipe.mixing,
+            seed=options["seed"],
+            jit_compile=options["jit_compile"],
+        )
+        model.optimizer.build(model.trainable_variables)
     return model
 
 
@@ -191,96 +385,145 @@ def dtype_policy(name):
         keras.config.set_dtype_policy(before)
 
 
-def _fit_and_record(run, model, data, recipe, console):
+def _console(workers):
+    """Where the chief speaks; the other workers are silent."""
+    return Console(soft_wrap=True, highlight=False, markup=False, quiet=not workers.is_chief)
+
+
+@contextlib.contextmanager
+def _no_folder(path):
+    yield pathlib.Path(path).absolute()
+
+
+def _save_run(run, workers):
+    if workers.is_chief:
+        save_run(run)
+
+
+def _fit_and_record(run, model, data, recipe, console, workers, position=None):
     """Trains, tests the best model, and keeps run.json true whatever happens."""
     start = time.perf_counter()
     results = run.info["results"]
+    seconds = results.get("seconds", 0)  # before it was resumed
+    results.pop("error", None)
     try:
-        checkpoints = _fit(run, model, data, recipe, console)
-        results.update(
-            best_epoch=checkpoints.best_epoch,
-            validation_accuracy=checkpoints.best_accuracy,
-            test_accuracy=evaluate(run.model(), data.test, run.class_names).top1,
-            status="finished",
-        )
+        best = _fit(run, model, data, recipe, console, workers, position)
+        results.update(best_epoch=best.epoch, validation_accuracy=best.accuracy, status="finished")
+        if workers.is_chief:
+            tested = evaluate(run.model(), data.test, run.class_names)
+            results["test_accuracy"] = tested.top1
     except BaseException as error:
-        results.update(status="stopped", error=f"{type(error).__name__}: {error}")
-        with contextlib.suppress(OSError):
-            plot_curves(run.folder)
+        interrupted = isinstance(error, TrainingInterrupted)
+        results.update(
+            status="interrupted" if interrupted else "stopped",
+            error=f"{type(error).__name__}: {error}",
+        )
         raise
     finally:
-        results["seconds"] = round(time.perf_counter() - start, 1)
-        save_run(run)
-    plot_curves(run.folder)
-    console.print(
-        f"test accuracy {results['test_accuracy']:.4f} (best epoch {results['best_epoch']}, "
-        f"{results['seconds']:.0f} s) -> {run.folder}"
-    )
+        results["seconds"] = round(seconds + time.perf_counter() - start, 1)
+        _save_run(run, workers)
+        if workers.is_chief:
+            with contextlib.suppress(OSError):
+                plot_curves(run.folder)
+    if workers.is_chief:
+        console.print(
+            f"test accuracy {results['test_accuracy']:.4f} (best epoch {results['best_epoch']}, "
+            f"{results['seconds']:.0f} s) -> {run.folder}"
+        )
 
 
-def _fit(run, model, data, recipe, console):
+def _fit(run, model, data, recipe, console, workers, position):
+    """Trains to the end; returns the `BestModel`, with the place of the best epoch."""
+    position = position or {"step": 0, "epoch": 0, "step_of_epoch": 0, "stopped": False}
     options = run.info["options"]
-    size = model.input_shape[1:3]
-    steps_per_epoch = math.ceil(data.train.count / recipe.batch_size)
-    model.compile(
-        optimizer=build_optimizer(recipe, model, steps_per_epoch),
-        loss=keras.losses.CategoricalCrossentropy(
-            from_logits=True, label_smoothing=recipe.label_smoothing
-        ),
-        metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
-        jit_compile=options["jit_compile"],
+    steps_per_epoch = _steps_per_epoch(recipe, data)
+
+    def save(name):
+        if workers.is_chief:
+            plain = keras.Model(model.inputs, model.outputs, name=model.name)
+            with replacing(run.folder / name) as path:
+                plain.save(path)
+
+    best = BestModel(save, patience=options["early_stop"])
+    if "best" in position:
+        best.epoch, best.accuracy, best.loss = position["best"]
+    checkpoints = Checkpoints(
+        run.folder if workers.is_chief else None,
+        best,
+        steps_per_epoch,
+        every_steps=options["checkpoint_steps"],
+        every_minutes=options["checkpoint_minutes"],
+        keep=options["keep_checkpoints"],
     )
-    batches = training_batches(
-        data.train,
-        size,
-        recipe.batch_size,
-        data.num_classes,
-        seed=options["seed"],
-        min_crop_area=recipe.min_crop_area,
-        rotation=recipe.rotation,
-        shift=recipe.shift,
-        flip=recipe.flip,
-    )
-    checkpoints = Checkpoints(run.folder, patience=options["early_stop"])
     progress = Progress(console, recipe.batch_size)
-    callbacks = [
-        StopOnNonFinite(),
-        progress,
-        checkpoints,
-        keras.callbacks.CSVLogger(str(run.folder / "history.csv")),
+    callbacks = [StopOnNonFinite(), progress, Averages(), best, *_logs(run, workers), checkpoints]
+    batches, validation = _batches(data, recipe, model, options["seed"], workers, position["step"])
+    with contextlib.closing(progress), checkpoints.listening(), _lost_workers(checkpoints, run):
+        model.fit(
+            batches,
+            epochs=position["epoch"] if position["stopped"] else recipe.epochs,
+            initial_epoch=position["epoch"],
+            initial_step=position["step_of_epoch"],
+            steps_per_epoch=steps_per_epoch,
+            validation_data=validation,
+            callbacks=callbacks,
+            shuffle=False,  # the batches are
+            verbose=0,
+        )
+    save("last.keras")  # `fit` ends with the averaged weights, if there are any
+    return best
+
+
+def _logs(run, workers):
+    """The callbacks that write what TensorBoard and people read."""
+    if not workers.is_chief:
+        return []
+    return [
+        keras.callbacks.CSVLogger(str(run.folder / "history.csv"), append=True),
         keras.callbacks.TensorBoard(str(run.folder / "tensorboard"), write_graph=False),
     ]
-    validation = evaluation_batches(data.validation, size, recipe.batch_size, data.num_classes)
+
+
+def _batches(data, recipe, model, seed, workers, first_step):
+    """The batches of training, from a step on, and those of validation."""
+    size, batch_size = model.input_shape[1:3], recipe.batch_size
+
+    def training(shard):
+        return training_batches(
+            data.train,
+            size,
+            batch_size,
+            data.num_classes,
+            seed=seed,
+            first_step=first_step,
+            shard=shard,
+            augmentation=recipe.augmentation,
+        )
+
+    def validation(shard):
+        return evaluation_batches(data.validation, size, batch_size, data.num_classes, shard=shard)
+
+    return (
+        workers.distribute(training, batch_size, drop_remainder=True),
+        workers.distribute(validation, batch_size, drop_remainder=False),
+    )
+
+
+@contextlib.contextmanager
+def _lost_workers(checkpoints, run):
+    """Says what to do when another worker is gone."""
     try:
-        with contextlib.closing(progress):
-            model.fit(
-                batches,
-                epochs=recipe.epochs,
-                steps_per_epoch=steps_per_epoch,
-                validation_data=validation,
-                callbacks=callbacks,
-                shuffle=False,  # the batches are
-                verbose=0,
-            )
-    finally:
-        _drop_optimizer(run)
-    return checkpoints
+        yield
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
+        if checkpoints.terminated:  # so were the others, and the chief saved a checkpoint
+            raise TrainingInterrupted("Stopped by SIGTERM.") from error
+        raise RuntimeError(
+            f"Another worker was lost: start all of them again with `keras-vit train --resume "
+            f"{run.folder}`. {str(error).splitlines()[0]}"
+        ) from error
 
 
-def _drop_optimizer(run):
-    """Leaves the model alone in best.keras of a checkpoint.
-
-    The optimizer of a frozen backbone is not that of the model that is loaded, and one with the
-    rates of layers could be loaded only where `keras_vit.training` is imported.
-    """
-    path = run.folder / "best.keras"
-    if run.info["weights"] is not None and path.exists():
-        model = keras.saving.load_model(path, compile=False)
-        with replacing(path) as temporary:
-            model.save(temporary)
-
-
-def _describe(data, weights, recipe, options, model):
+def _describe(data, weights, recipe, options, workers, model):
     """What run.json says at the start."""
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -301,11 +544,17 @@ def _describe(data, weights, recipe, options, model):
             "image_size": list(model.input_shape[1:3]),
             "parameters": model.count_params(),
             "trained_parameters": sum(math.prod(w.shape) for w in model.trainable_weights),
+            "arguments": _plain(vit_arguments(model)),
         },
         "versions": versions(),
         "devices": [device.device_type for device in tf.config.list_physical_devices()],
+        "replicas": workers.replicas,
         "results": {"status": "running"},
     }
+
+
+def _plain(arguments):
+    return {**arguments, "variant": dataclasses.asdict(arguments["variant"])}
 
 
 def _print_header(console, run, model):

@@ -1,0 +1,130 @@
+"""Checkpoints within a run: everything that the next step depends on.
+
+RUN/checkpoints/step-00001234/
+    state.safetensors    weights, optimizer with its averages and loss scale, random state
+    position.json        where training stood, and the checksum of the state
+"""
+
+import json
+import pathlib
+import shutil
+import warnings
+
+import keras
+import safetensors
+import safetensors.numpy
+
+from keras_vit.files import replacing, write_json
+from keras_vit.weights.sources import sha256
+
+FOLDER = "checkpoints"
+
+
+def state_variables(model):
+    """The variables that a step of training depends on, by names that are the same in any run.
+
+    Args:
+        model: A compiled `DistributedModel`, with its optimizer built.
+
+    Returns:
+        Dict from names to variables: weights, random states, and what the optimizer keeps. The
+        metrics are left out: they do not act on the model.
+    """
+    metrics = {id(variable) for variable in model.metrics_variables}
+    variables = [variable for variable in model.variables if id(variable) not in metrics]
+    variables = {id(variable): variable for variable in variables + model.optimizer.variables}
+    return {f"{index:05d} {v.path}": v for index, v in enumerate(variables.values())}
+
+
+def current_state(model):
+    """The values of `state_variables`, as arrays."""
+    return {
+        name: keras.ops.convert_to_numpy(variable)
+        for name, variable in state_variables(model).items()
+    }
+
+
+def save_state(model, run_folder, position, keep):
+    """Writes a checkpoint, and removes all but the last ones.
+
+    Args:
+        model: A compiled `DistributedModel`.
+        run_folder: The run folder.
+        position: What JSON can hold; `position["step"]` names the checkpoint.
+        keep: How many checkpoints stay, at least 1.
+
+    Raises:
+        OSError: It cannot be written; what stood there before stays.
+    """
+    folder = pathlib.Path(run_folder) / FOLDER
+    with replacing(folder / f"step-{position['step']:08d}") as temporary:
+        temporary.mkdir()
+        safetensors.numpy.save_file(current_state(model), temporary / "state.safetensors")
+        digest = sha256(temporary / "state.safetensors")
+        write_json(temporary / "position.json", {**position, "sha256": digest})
+    for old in _folders(run_folder)[keep:]:
+        shutil.rmtree(old)
+
+
+def load_state(run_folder):
+    """The newest checkpoint of a run that is whole.
+
+    Args:
+        run_folder: The run folder.
+
+    Returns:
+        `(position, state)` as `save_state` had them, state as arrays by name; None if the run has
+        no checkpoint yet.
+
+    Raises:
+        ValueError: There are checkpoints, and none is whole.
+
+    Warns:
+        UserWarning: A newer checkpoint is damaged, and was passed over.
+    """
+    folders = _folders(run_folder)
+    for folder in folders:
+        try:
+            return _read(folder)
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            warnings.warn(
+                f"The checkpoint {folder} is damaged ({error}): passed over.", stacklevel=2
+            )
+    if folders:
+        raise ValueError(
+            f"No checkpoint of the run is whole: train again with --overwrite. Received: "
+            f"{[str(folder) for folder in folders]}."
+        )
+    return None
+
+
+def restore_state(model, state):
+    """Assigns the arrays of a checkpoint to a model and its optimizer.
+
+    Raises:
+        ValueError: The checkpoint is of another model or optimizer.
+    """
+    variables = state_variables(model)
+    shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+    received = {name: array.shape for name, array in state.items()}
+    if shapes != received:
+        different = sorted(set(shapes.items()) ^ set(received.items()))
+        raise ValueError(
+            "The checkpoint is of another model or optimizer than the run's. "
+            f"Received: {different[:4]}."
+        )
+    for name, variable in variables.items():
+        variable.assign(state[name])
+
+
+def _folders(run_folder):
+    """The checkpoints of a run, the newest first."""
+    return sorted(pathlib.Path(run_folder, FOLDER).glob("step-*"), reverse=True)
+
+
+def _read(folder):
+    position = json.loads((folder / "position.json").read_text(encoding="utf-8"))
+    digest = sha256(folder / "state.safetensors")
+    if digest != position["sha256"]:
+        raise ValueError(f"SHA-256 {digest}, expected {position['sha256']}")
+    return position, safetensors.numpy.load_file(folder / "state.safetensors")
