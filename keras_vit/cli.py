@@ -267,6 +267,42 @@ def recipes(
 
 
 @app.command()
+def data_speed(
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    recipe: Annotated[str, typer.Option(help="Whose augmentation and image size.")] = "photos",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe."),
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels (default: the recipe's).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
+    rounds: Annotated[int, typer.Option(help="How often to measure.")] = 5,
+    compare_keras: Annotated[
+        bool, typer.Option("--compare-keras", help="Against keras.layers.RandAugment, in turn.")
+    ] = False,
+    skip_unreadable: SkipOption = False,
+):
+    """Say how many images per second are read and augmented, without a model."""
+    start_tensorflow()
+    from keras_vit.data import load_data
+    from keras_vit.data.speed import data_speed
+    from keras_vit.training.recipes import named_recipe, parse_override
+
+    overrides = dict(parse_override(setting) for setting in settings or ())
+    recipe = dataclasses.replace(named_recipe(recipe), **overrides)
+    size = image_size or recipe.image_size or 224
+    result = data_speed(
+        load_data(data, skip_unreadable=skip_unreadable).train,
+        (size, size) if isinstance(size, int) else tuple(size),
+        batch_size=batch_size,
+        augmentation=recipe.augmentation,
+        compare_keras=compare_keras,
+        rounds=rounds,
+    )
+    Console().print(result.table())
+
+
+@app.command()
 def evaluate(
     run: RunArgument,
     split: Annotated[SplitName, typer.Option(help="Split of the data.")] = SplitName.test,

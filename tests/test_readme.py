@@ -7,7 +7,7 @@ import pytest
 
 from keras_vit import VARIANTS
 from keras_vit.training import RECIPES
-from keras_vit.training.trainer import build_model
+from keras_vit.training.trainer import build_model, model_arguments
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
@@ -62,7 +62,7 @@ def test_recipes_are_as_described(name):
         assert {"adamw": "AdamW", "sgd": "SGD"}[RECIPES[name].optimizer] in row
         assert (f"{RECIPES[name].image_size} px" if RECIPES[name].image_size else "its own") in row
         return
-    model = build_model(RECIPES[name], 10)
+    model = build_model(model_arguments(RECIPES[name], 10), RECIPES[name])
     millions = float(re.search(r"([\d.]+) M", row)[1])
     assert round(model.count_params() / 1e6, 1) == millions
     assert row.split("|")[-2].strip() == f"{RECIPES[name].image_size} px"

@@ -19,10 +19,15 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class StopOnNonFinite(keras.callbacks.Callback):
-    """Raises `NonFiniteLossError` with the step at the first loss that is not finite."""
+    """Raises `NonFiniteLossError` with the step at the first loss that is not finite.
 
-    def on_train_begin(self, logs=None):
-        self.step = 0
+    Args:
+        step: Steps that were done before.
+    """
+
+    def __init__(self, step=0):
+        super().__init__()
+        self.step = step
 
     def on_train_batch_end(self, batch, logs=None):
         self.step += 1
@@ -79,7 +84,7 @@ class BestModel(keras.callbacks.Callback):
     Of epochs with equal accuracy, the one with the smaller validation loss is the best.
 
     Args:
-        save: Function (model, name) that writes a model to the run folder.
+        save: Function of a name that writes the model to that file of the run folder.
         patience: Epochs without a new best before training stops, or None.
     """
 
@@ -199,8 +204,6 @@ class Progress(keras.callbacks.Callback):
         super().__init__()
         self.console = console
         self.batch_size = batch_size
-
-    def on_train_begin(self, logs=None):
         self.bar = progress.Progress(
             progress.TextColumn("epoch {task.fields[epoch]}"),
             progress.BarColumn(bar_width=30),
@@ -211,6 +214,8 @@ class Progress(keras.callbacks.Callback):
             transient=True,
             disable=not self.console.is_terminal,
         )
+
+    def on_train_begin(self, logs=None):
         self.bar.start()
 
     def on_epoch_begin(self, epoch, logs=None):

@@ -31,9 +31,14 @@ def state_variables(model):
         metrics are left out: they do not act on the model.
     """
     metrics = {id(variable) for variable in model.metrics_variables}
+    weights = {id(variable) for variable in model.weights}
     variables = [variable for variable in model.variables if id(variable) not in metrics]
     variables = {id(variable): variable for variable in variables + model.optimizer.variables}
-    return {f"{index:05d} {v.path}": v for index, v in enumerate(variables.values())}
+    # The paths of the others begin with what Keras has counted in this process: "adam_w_1/...".
+    return {
+        f"{index:05d} {variable.path if key in weights else variable.name}": variable
+        for index, (key, variable) in enumerate(variables.items())
+    }
 
 
 def current_state(model):
@@ -45,7 +50,9 @@ def current_state(model):
 
 
 def save_state(model, run_folder, position, keep):
-    """Writes a checkpoint, and removes all but the last ones.
+    """Writes a checkpoint, and removes all but the last ones up to it.
+
+    Later ones are removed too: they are damaged, or training would not be going on before them.
 
     Args:
         model: A compiled `DistributedModel`.
@@ -56,13 +63,16 @@ def save_state(model, run_folder, position, keep):
     Raises:
         OSError: It cannot be written; what stood there before stays.
     """
-    folder = pathlib.Path(run_folder) / FOLDER
-    with replacing(folder / f"step-{position['step']:08d}") as temporary:
+    folder = pathlib.Path(run_folder) / FOLDER / f"step-{position['step']:08d}"
+    with replacing(folder) as temporary:
         temporary.mkdir()
-        safetensors.numpy.save_file(current_state(model), temporary / "state.safetensors")
+        _write_arrays(temporary / "state.safetensors", current_state(model))
         digest = sha256(temporary / "state.safetensors")
         write_json(temporary / "position.json", {**position, "sha256": digest})
-    for old in _folders(run_folder)[keep:]:
+    folders = _folders(run_folder)
+    newest = folders.index(folder)
+    rests = folder.parent.glob(".step-*")  # of processes that were killed while they wrote
+    for old in [*folders[:newest], *folders[newest + keep :], *rests]:
         shutil.rmtree(old)
 
 
@@ -86,9 +96,11 @@ def load_state(run_folder):
     for folder in folders:
         try:
             return _read(folder)
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
             warnings.warn(
-                f"The checkpoint {folder} is damaged ({error}): passed over.", stacklevel=2
+                f"The checkpoint {folder} is damaged ({type(error).__name__}: {error}): passed "
+                "over.",
+                stacklevel=2,
             )
     if folders:
         raise ValueError(
@@ -120,6 +132,13 @@ def restore_state(model, state):
 def _folders(run_folder):
     """The checkpoints of a run, the newest first."""
     return sorted(pathlib.Path(run_folder, FOLDER).glob("step-*"), reverse=True)
+
+
+def _write_arrays(path, arrays):
+    try:
+        safetensors.numpy.save_file(arrays, path)
+    except safetensors.SafetensorError as error:  # what a full disk is there
+        raise OSError(str(error)) from error
 
 
 def _read(folder):

@@ -4,7 +4,7 @@ import dataclasses
 
 from rich.table import Table
 
-from keras_vit.training.recipes import RECIPES, TEXTS
+from keras_vit.training.recipes import RECIPES, TEXTS, named_recipe
 
 
 def recipes_table():
@@ -41,9 +41,7 @@ def recipe_details(name):
     Raises:
         ValueError: There is no such recipe.
     """
-    if name not in RECIPES:
-        raise ValueError(f"A recipe must be one of {', '.join(RECIPES)}. Received: {name!r}.")
-    recipe = RECIPES[name]
+    recipe = named_recipe(name)
     table = Table("field", "value", title=name)
     for text in TEXTS:
         table.add_row(text, getattr(recipe, text))

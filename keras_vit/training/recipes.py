@@ -457,6 +457,13 @@ def default_recipe(image_size):
     return "small" if side <= 64 else "photos"
 
 
+def named_recipe(name):
+    """The recipe of that name; ValueError if there is none."""
+    if name not in RECIPES:
+        raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}. Received: {name!r}.")
+    return RECIPES[name]
+
+
 def resolve_recipe(recipe, image_size, overrides, weights=None):
     """The recipe of a run, with its overrides.
 
@@ -479,9 +486,7 @@ def resolve_recipe(recipe, image_size, overrides, weights=None):
         recipe = default_recipe(image_size) if weights is None else "finetune_small"
     name = recipe
     if isinstance(recipe, str):
-        if recipe not in RECIPES:
-            raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}. Received: {recipe!r}.")
-        recipe = RECIPES[recipe]
+        recipe = named_recipe(recipe)
     if not isinstance(recipe, Recipe):
         raise TypeError(f"`recipe` must be a Recipe, a name or None. Received: {recipe!r}.")
     unknown = set(overrides) - {field.name for field in dataclasses.fields(Recipe)}

@@ -100,7 +100,8 @@ def load_run(folder):
     folder = pathlib.Path(folder)
     try:
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        _ = info["results"]["status"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{folder} is not a run folder: run.json cannot be read ({error})."
         ) from error

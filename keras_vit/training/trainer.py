@@ -128,17 +128,7 @@ def train(
         check_run_folder(out, overwrite)
     # The images may take minutes to read, so that everything else is checked before. Without
     # weights, the recipe that None stands for depends on them.
-    source = backbone = None
-    if weights is not None:
-        path = local_path(weights)
-        source = {"path": str(weights), "sha256": sha256(path), "num_heads": num_heads}
-        backbone = load_backbone(
-            path,
-            image_size=early.image_size,
-            num_heads=num_heads,
-            pooling=early.pooling,
-            normalization=early.normalization,
-        )
+    source, backbone = _load_weights(weights, num_heads, early)
     console = _console(workers)
     data = load_data(data, skip_unreadable=skip_unreadable)
     recipe = resolve_recipe(recipe, data.image_size, overrides, weights)
@@ -153,7 +143,8 @@ def train(
         "keep_checkpoints": keep_checkpoints,
     }
     arguments = model_arguments(recipe, data.num_classes, backbone)
-    model = _compiled_model(arguments, recipe, data, options, workers, backbone)
+    with _lost_workers(out):
+        model = _compiled_model(arguments, recipe, data, options, workers, backbone)
     del backbone
     info = _describe(data, source, recipe, options, workers, model)
     with new_run_folder(out, overwrite) if workers.is_chief else _no_folder(out) as folder:
@@ -193,7 +184,8 @@ def resume(run, *, strategy="auto"):
     """
     workers = join_workers(strategy)
     console = _console(workers)
-    info = workers.json_from_chief(load_run(run).info if workers.is_chief else None)
+    with _lost_workers(run):
+        info = workers.json_from_chief(load_run(run).info if workers.is_chief else None)
     run = Run(pathlib.Path(run).absolute(), info)
     if run.info["results"]["status"] == "finished":
         console.print(f"{run.folder} is finished: nothing to resume")
@@ -210,9 +202,17 @@ def resume(run, *, strategy="auto"):
     recipe = Recipe(**_with_config(run.info["recipe"]))
     _check_batch(recipe, workers.replicas)
     arguments = _with_config(run.info["model"]["arguments"])
-    model = _compiled_model(arguments, recipe, data, run.info["options"], workers)
-    _print_header(console, run, model)
-    position = _restore(run, model, recipe, data, workers, console)
+    with _lost_workers(run.folder):
+        position, state = _newest_state(run, workers)
+        backbone = _same_backbone(run, recipe) if position is None else None
+        model = _compiled_model(arguments, recipe, data, run.info["options"], workers, backbone)
+        _print_header(console, run, model)
+        if position is not None:
+            _restore(model, state, workers)
+    if workers.is_chief:
+        _cut_history(run.folder, position["epoch"] if position else 0)
+    done = position["step"] if position else 0
+    console.print(f"from step {done:,} of {recipe.epochs * _steps_per_epoch(recipe, data):,}")
     _fit_and_record(run, model, data, recipe, console, workers, position)
     return run
 
@@ -237,21 +237,32 @@ def _same_data(run):
     return data
 
 
-def _restore(run, model, recipe, data, workers, console):
-    """Gives the model the chief's newest checkpoint; returns where it stood, None at the start."""
+def _newest_state(run, workers):
+    """Where the newest checkpoint stands, None without one, and its state, the chief's alone."""
     found = load_state(run.folder) if workers.is_chief else None
-    position = workers.json_from_chief(found and found[0])
-    if position is None:
-        console.print("no checkpoint yet: from the beginning")
+    position, state = found or (None, None)
+    return workers.json_from_chief(position), state
+
+
+def _same_backbone(run, recipe):
+    """The backbone of the weights that a run began with, None if it began without."""
+    recorded = run.info["weights"]
+    if recorded is None:
         return None
-    state = found[1] if workers.is_chief else current_state(model)
+    weights, backbone = _load_weights(recorded["path"], recorded["num_heads"], recipe)
+    if weights["sha256"] != recorded["sha256"]:
+        raise ValueError(
+            f"{recorded['path']} has changed since the run began, which has no checkpoint yet: "
+            f"train anew. Received: SHA-256 {weights['sha256']}, expected {recorded['sha256']}."
+        )
+    return backbone
+
+
+def _restore(model, state, workers):
+    """Gives the model of every worker the chief's state."""
+    state = state if workers.is_chief else current_state(model)
     with workers.scope():
         restore_state(model, {name: workers.from_chief(state[name]) for name in sorted(state)})
-    if workers.is_chief:
-        _cut_history(run.folder, position["epoch"])
-    steps = recipe.epochs * _steps_per_epoch(recipe, data)
-    console.print(f"from step {position['step']:,} of {steps:,}")
-    return position
 
 
 def _cut_history(folder, epochs):
@@ -281,6 +292,21 @@ def _check_arguments(precision, weights, num_heads, checkpoint_steps, keep_check
         raise ValueError(
             f"`keep_checkpoints` must be at least 1. Received: keep_checkpoints={keep_checkpoints}."
         )
+
+
+def _load_weights(weights, num_heads, recipe):
+    """What run.json says of a checkpoint to start from, and its backbone; None, None for None."""
+    if weights is None:
+        return None, None
+    path = local_path(weights)
+    backbone = load_backbone(
+        path,
+        image_size=recipe.image_size,
+        num_heads=num_heads,
+        pooling=recipe.pooling,
+        normalization=recipe.normalization,
+    )
+    return {"path": str(weights), "sha256": sha256(path), "num_heads": num_heads}, backbone
 
 
 def _fit_batch(recipe, images, replicas):
@@ -456,9 +482,11 @@ def _fit(run, model, data, recipe, console, workers, position):
         keep=options["keep_checkpoints"],
     )
     progress = Progress(console, recipe.batch_size)
-    callbacks = [StopOnNonFinite(), progress, Averages(), best, *_logs(run, workers), checkpoints]
+    finite = StopOnNonFinite(position["step"])
+    callbacks = [finite, progress, Averages(), best, *_logs(run, workers), checkpoints]
     batches, validation = _batches(data, recipe, model, options["seed"], workers, position["step"])
-    with contextlib.closing(progress), checkpoints.listening(), _lost_workers(checkpoints, run):
+    lost_workers = _lost_workers(run.folder, checkpoints)
+    with contextlib.closing(progress), checkpoints.listening(), lost_workers:
         model.fit(
             batches,
             epochs=position["epoch"] if position["stopped"] else recipe.epochs,
@@ -510,16 +538,17 @@ def _batches(data, recipe, model, seed, workers, first_step):
 
 
 @contextlib.contextmanager
-def _lost_workers(checkpoints, run):
+def _lost_workers(folder, checkpoints=None):
     """Says what to do when another worker is gone."""
     try:
         yield
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
-        if checkpoints.terminated:  # so were the others, and the chief saved a checkpoint
+        if checkpoints and checkpoints.terminated:
+            # So were the others, and the chief saved a checkpoint.
             raise TrainingInterrupted("Stopped by SIGTERM.") from error
         raise RuntimeError(
-            f"Another worker was lost: start all of them again with `keras-vit train --resume "
-            f"{run.folder}`. {str(error).splitlines()[0]}"
+            "Another worker was lost, see what it said. Start all of them again; once training "
+            f"has begun, with `keras-vit train --resume {folder}`. {str(error).splitlines()[0]}"
         ) from error
 
 
