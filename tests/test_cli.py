@@ -175,7 +175,8 @@ def test_export_replaces_exports_alone(digits_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["evaluate"], ["predict"], ["probe"], ["export"]]
+    "command",
+    [[], *([name] for name in "train recipes data-speed evaluate predict probe export".split())],
 )
 def test_help(command):
     assert "--help" in invoke(*command, "--help")

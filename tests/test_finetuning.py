@@ -17,9 +17,16 @@ from rich.console import Console
 from keras_vit import ViTConfig, build_vit
 from keras_vit.training import RECIPES, Recipe, load_run, train
 from keras_vit.training.backbone import load_backbone
+from keras_vit.training.checkpoints import load_state
 from keras_vit.training.evaluation import evaluate
-from keras_vit.training.optimizers import LayerRatesAdamW, LayerRatesSGD, layer_rates
-from keras_vit.training.trainer import _print_large, build_model, build_optimizer, resolve_recipe
+from keras_vit.training.optimizers import (
+    LayerRatesAdamW,
+    LayerRatesSGD,
+    build_optimizer,
+    layer_rates,
+)
+from keras_vit.training.recipes import resolve_recipe
+from keras_vit.training.trainer import _print_large, build_model, model_arguments
 from keras_vit.weights import save_checkpoint
 
 CONFIG = ViTConfig(hidden_dim=16, depth=3, num_heads=2, mlp_dim=24, patch_size=4)
@@ -59,6 +66,10 @@ def backbone_of(recipe, path):
     )
 
 
+def model_of(recipe, num_classes, backbone):
+    return build_model(model_arguments(recipe, num_classes, backbone), recipe, backbone)
+
+
 def train_tuned(out, checkpoint, **arguments):
     return train(
         "digits",
@@ -89,7 +100,7 @@ def head_weights(model):
 def test_starts_as_the_checkpoint_with_a_head_of_zeros(source, checkpoint, num_classes):
     """The head is new where the file has one of as many classes, too."""
     recipe = dataclasses.replace(TUNED, image_size=None, drop_path=0.3, dropout=0.2)
-    model = build_model(recipe, num_classes, backbone_of(recipe, checkpoint))
+    model = model_of(recipe, num_classes, backbone_of(recipe, checkpoint))
     assert model.input_shape == (None, 12, 12, 3)
     expected = backbone_weights(source)
     assert backbone_weights(model).keys() == expected.keys()
@@ -114,7 +125,7 @@ def test_positions_are_resized(tmp_path):
     table.assign(values)
     save_checkpoint(model, tmp_path / "vit.npz", "google")
     recipe = dataclasses.replace(TUNED, image_size=20)
-    model = build_model(recipe, 5, backbone_of(recipe, tmp_path / "vit.npz"))
+    model = model_of(recipe, 5, backbone_of(recipe, tmp_path / "vit.npz"))
     resized = model.get_layer("patch_encoder").position_embedding.numpy()
     assert resized.shape == (1, 1 + 25, 16)
     np.testing.assert_array_equal(resized[0, 0], 7.0)
@@ -124,14 +135,14 @@ def test_positions_are_resized(tmp_path):
 def test_whole_head_is_left_out(tmp_path):
     """The paper's fine-tuning: pre_logits goes with the head."""
     save_checkpoint(pretrained(gelu="tanh", representation_size=6), tmp_path / "vit.npz", "google")
-    model = build_model(TUNED, 7, backbone_of(TUNED, tmp_path / "vit.npz"))
+    model = model_of(TUNED, 7, backbone_of(TUNED, tmp_path / "vit.npz"))
     assert "pre_logits" not in [layer.name for layer in model.layers]
     assert head_weights(model)[0].shape == (16, 7)
 
 
 def test_normalization_is_the_files_unless_the_recipe_says(checkpoint, tmp_path):
     def scale(recipe, path):
-        layer = build_model(recipe, 5, backbone_of(recipe, path)).get_layer("normalization")
+        layer = model_of(recipe, 5, backbone_of(recipe, path)).get_layer("normalization")
         return np.asarray(layer.scale) * 255, np.asarray(layer.offset)
 
     imagenet = 1 / np.array([0.229, 0.224, 0.225])
@@ -144,13 +155,13 @@ def test_normalization_is_the_files_unless_the_recipe_says(checkpoint, tmp_path)
 
 def test_pooling_can_be_chosen(checkpoint):
     recipe = dataclasses.replace(TUNED, pooling="token+gap")
-    model = build_model(recipe, 5, backbone_of(recipe, checkpoint))
+    model = model_of(recipe, 5, backbone_of(recipe, checkpoint))
     assert head_weights(model)[0].shape == (32, 5)
 
 
 def test_frozen_backbone_trains_every_head():
     recipe = dataclasses.replace(TUNED, freeze_backbone=True, dropout=0.2)
-    model = build_model(recipe, 5, pretrained(num_classes=0, distillation_token=True))
+    model = model_of(recipe, 5, pretrained(num_classes=0, distillation_token=True))
     assert {w.path for w in model.trainable_weights} == {
         f"{head}/{name}" for head in ("head", "head_distillation") for name in ("kernel", "bias")
     }
@@ -325,8 +336,10 @@ def test_run_folder(run, checkpoint):
     again = load_run(run.folder)
     result = evaluate(again.model(), again.data().test, again.class_names)
     assert result.top1 == pytest.approx(info["results"]["test_accuracy"], abs=1e-6)
-    assert type(again.model("last").optimizer) is LayerRatesAdamW
-    assert again.model("last").optimizer.iterations == 5  # of 256 of 1,257 images
+    position, state = load_state(again.folder)
+    assert position["step"] == 5  # of 256 of 1,257 images
+    moments = [name for name in state if name.endswith(("_momentum", "_velocity"))]
+    assert len(moments) == 2 * len(again.model().trainable_weights)
 
 
 def test_same_seed_same_run(run, checkpoint, tmp_path, capsys):

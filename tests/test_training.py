@@ -12,17 +12,33 @@ import tensorflow as tf
 from PIL import Image
 
 from keras_vit import ViTConfig
-from keras_vit.data import Split, load_data
+from keras_vit.data import load_data
 from keras_vit.data.pipeline import training_batches
-from keras_vit.training import RECIPES, NonFiniteLossError, Recipe, load_run, train, trainer
+from keras_vit.data.structures import array_split
+from keras_vit.training import (
+    RECIPES,
+    DistributedModel,
+    NonFiniteLossError,
+    Recipe,
+    load_run,
+    resume,
+    train,
+    trainer,
+)
 from keras_vit.training.evaluation import evaluate, predict
-from keras_vit.training.trainer import build_model, build_optimizer, resolve_recipe
+from keras_vit.training.optimizers import build_optimizer
+from keras_vit.training.recipes import resolve_recipe
+from keras_vit.training.trainer import build_model, model_arguments
 
 SMALL = Recipe(ViTConfig(16, 2, 2, 24, 4), image_size=8, epochs=2, batch_size=128)
 
 
 def train_small(out, **arguments):
     return train("digits", out, **{"recipe": SMALL, "jit_compile": False, **arguments})
+
+
+def model_of(recipe, num_classes):
+    return build_model(model_arguments(recipe, num_classes), recipe)
 
 
 def history(run):
@@ -32,8 +48,8 @@ def history(run):
 def test_run_folder(digits_run):
     folder = digits_run.folder
     names = {path.name for path in folder.iterdir()}
-    expected = {"run.json", "best.keras", "last.keras", "history.csv", "curves.png", "tensorboard"}
-    assert names == expected
+    files = {"run.json", "best.keras", "last.keras", "history.csv", "curves.png"}
+    assert names == files | {"checkpoints", "tensorboard"}
     assert list((folder / "tensorboard").rglob("events.*"))
     with Image.open(folder / "curves.png") as image:
         assert image.size[0] > 1000
@@ -78,7 +94,9 @@ def test_best_model_is_the_one_reported(digits_run):
     assert top1 == pytest.approx(results["test_accuracy"], abs=1e-6)
     top1 = evaluate(model, data.validation, run.class_names).top1
     assert top1 == pytest.approx(results["validation_accuracy"], abs=1e-6)
-    assert run.model("last").optimizer.iterations > 0
+    for which in ("best", "last"):
+        assert not isinstance(run.model(which), DistributedModel)  # any Keras loads it
+        assert not run.model(which).compiled
 
 
 def test_same_seed_same_training(tmp_path):
@@ -109,7 +127,7 @@ def test_weight_decay_acts_on_kernels_alone():
     recipe = dataclasses.replace(
         SMALL, pooling="token", learning_rate=0.1, weight_decay=0.5, warmup=0.0, clip_norm=None
     )
-    model = build_model(recipe, 3)
+    model = model_of(recipe, 3)
     for weight in model.weights:
         weight.assign(np.ones(weight.shape))
     optimizer = build_optimizer(recipe, model, steps_per_epoch=1000)
@@ -126,7 +144,7 @@ def test_weight_decay_acts_on_kernels_alone():
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
     recipe = dataclasses.replace(SMALL, epochs=10, learning_rate=0.4, warmup=0.2)
-    schedule = build_optimizer(recipe, build_model(recipe, 3), steps_per_epoch=50)._learning_rate
+    schedule = build_optimizer(recipe, model_of(recipe, 3), steps_per_epoch=50)._learning_rate
     rates = [float(schedule(step)) for step in range(501)]
     np.testing.assert_allclose(rates[:101], np.linspace(0, 0.4, 101), rtol=1e-5)
     cosine = [0.2 * (1 + math.cos(math.pi * step / 400)) for step in range(401)]
@@ -135,12 +153,12 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
 
 def test_warm_up_leaves_a_step_to_decay():
     recipe = dataclasses.replace(SMALL, epochs=1, warmup=0.99)
-    schedule = build_optimizer(recipe, build_model(recipe, 3), steps_per_epoch=3)._learning_rate
+    schedule = build_optimizer(recipe, model_of(recipe, 3), steps_per_epoch=3)._learning_rate
     np.testing.assert_allclose([float(schedule(step)) for step in range(3)], [0, 5e-4, 1e-3])
 
 
 def test_gradients_are_clipped():
-    model = build_model(SMALL, 3)
+    model = model_of(SMALL, 3)
     recipe = dataclasses.replace(SMALL, clip_norm=0.25)
     assert build_optimizer(recipe, model, 10).global_clipnorm == 0.25
     recipe = dataclasses.replace(SMALL, clip_norm=None)
@@ -148,14 +166,14 @@ def test_gradients_are_clipped():
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    """The step is named, and the model of the last good epoch stays."""
+    """The step is named, also when the run was resumed; the model of the last good epoch stays."""
 
-    def poisoned(*args, **kwargs):
-        batches = training_batches(*args, **kwargs).enumerate()
+    def poisoned(*args, first_step, **kwargs):
+        batches = training_batches(*args, first_step=first_step, **kwargs).enumerate(first_step)
         return batches.map(
             lambda step, batch: (
-                tf.where(step < 13, batch[0], math.nan * batch[0]),
-                batch[1],
+                batch[0],
+                tf.where(step < 13, batch[1], math.nan * batch[1]),
             )
         )
 
@@ -166,9 +184,12 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert run.info["results"]["status"] == "stopped"
     assert "step 14" in run.info["results"]["error"]
     assert len(history(run)) == 1
-    for which in ("last", "best"):
-        assert all(np.isfinite(weight).all() for weight in run.model(which).get_weights())
+    assert all(np.isfinite(weight).all() for weight in run.model().get_weights())
+    with pytest.raises(ValueError, match=r"last.keras is missing"):
+        run.model("last")
     assert (run.folder / "curves.png").exists()
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 14"):
+        resume(run.folder)
 
 
 def test_existing_run_is_kept_or_replaced(tmp_path):
@@ -200,7 +221,7 @@ def test_folder_that_is_no_run_is_never_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"data": "mnist"}, ValueError, r'"digits", "folder:PATH" or.*\'mnist\''),
+        ({"data": "mnist"}, ValueError, r'"digits", "folder:PATH", .*\'mnist\''),
         ({"recipe": "huge"}, ValueError, r"`recipe` must be one of tiny, small, photos.*'huge'"),
         ({"recipe": 3}, TypeError, r"`recipe` must be a Recipe, a name or None.*3"),
         ({"precision": "int8"}, ValueError, r"`precision` must be one of.*'int8'"),
@@ -236,7 +257,7 @@ def test_recipe_fits_the_images(image_size, name):
 def test_every_recipe_builds():
     for recipe in RECIPES.values():
         if recipe.variant is not None:
-            assert build_model(recipe, 5).output_shape == (None, 5)
+            assert model_of(recipe, 5).output_shape == (None, 5)
 
 
 def test_run_that_is_none(tmp_path):
@@ -264,8 +285,7 @@ def colour_split(colours, labels):
     images = np.zeros((len(colours), 4, 6, 3), "uint8")
     for image, colour in zip(images, colours, strict=True):
         image[..., colour] = 200
-    dataset = tf.data.Dataset.from_tensor_slices((images, np.array(labels, "int32")))
-    return Split(dataset, len(colours))
+    return array_split(images, np.array(labels))
 
 
 def test_evaluation(tmp_path):
@@ -295,10 +315,8 @@ def test_top5_is_not_top1():
     scores = keras.layers.Dense(7, kernel_initializer="zeros")
     model = keras.Model(images, keras.layers.Flatten()(scores(images)))
     scores.bias.assign(np.arange(7.0, 0, -1))  # ranks the classes 0, 1, ..., 6
-    dataset = tf.data.Dataset.from_tensor_slices(
-        (np.zeros((4, 1, 1, 3), "uint8"), np.array([0, 4, 5, 6], "int32"))
-    )
-    result = evaluate(model, Split(dataset, 4), tuple("abcdefg"))
+    split = array_split(np.zeros((4, 1, 1, 3), "uint8"), np.array([0, 4, 5, 6]))
+    result = evaluate(model, split, tuple("abcdefg"))
     assert (result.top1, result.top5) == (0.25, 0.5)
 
 

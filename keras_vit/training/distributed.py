@@ -44,6 +44,12 @@ class DistributedModel(StrategyModel):
     counter: "Parallel random numbers: as easy as 1, 2, 3" (Salmon et al., SC 2011).
     """
 
+    # Of a model that is not compiled, but may predict.
+    micro_batches = 1
+    mixing = None
+    seed = 0
+    xla = False
+
     def compile(
         self,
         optimizer="rmsprop",
@@ -252,7 +258,10 @@ def _draws(step, first_row):
     def uniform(seed, shape):
         nonlocal masks
         masks += 1
-        seed = tf.stack([tf.cast(seed[0], tf.int64) + masks, step])
+        # Far apart, so that layers with neighbouring seeds do not draw the same; in 31 bits, since
+        # XLA takes no more of a seed.
+        own = (tf.cast(seed[0], tf.int64) * 7919 + masks) % (2**31 - 1)
+        seed = tf.stack([own, step])
         key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
         row = math.prod(shape[1:])
         place = first_row * tf.cast(row, tf.int64)

@@ -149,7 +149,6 @@ def train(
     info = _describe(data, source, recipe, options, workers, model)
     with new_run_folder(out, overwrite) if workers.is_chief else _no_folder(out) as folder:
         run = Run(folder, info)
-        _save_run(run, workers)
         _print_header(console, run, model)
         if weights is not None and recipe.image_size is None:
             _print_large(console, model)
@@ -432,6 +431,8 @@ def _fit_and_record(run, model, data, recipe, console, workers, position=None):
     results = run.info["results"]
     seconds = results.get("seconds", 0)  # before it was resumed
     results.pop("error", None)
+    results["status"] = "running"
+    _save_run(run, workers)
     try:
         best = _fit(run, model, data, recipe, console, workers, position)
         results.update(best_epoch=best.epoch, validation_accuracy=best.accuracy, status="finished")
