@@ -196,10 +196,10 @@ def train(
     overrides = {name: value for name, value in overrides.items() if value is not None}
     out = out or pathlib.Path("runs") / run_name(data)
     start_tensorflow()
-    from keras_vit.training import train
+    from keras_vit.training import TrainingInterrupted, train
     from keras_vit.training.recipes import parse_override
 
-    with ending_on_sigterm(out):
+    with contextlib.suppress(TrainingInterrupted):  # which has said how to go on
         train(
             data,
             out,
@@ -238,21 +238,10 @@ def check_resume_options(context):
 def continue_run(run, strategy):
     """Resumes a run."""
     start_tensorflow()
-    from keras_vit.training import resume
+    from keras_vit.training import TrainingInterrupted, resume
 
-    with ending_on_sigterm(run):
+    with contextlib.suppress(TrainingInterrupted):  # which has said how to go on
         resume(run, strategy=strategy.value)
-
-
-@contextlib.contextmanager
-def ending_on_sigterm(run):
-    """Says how to go on when SIGTERM ended the training, which is then no error."""
-    from keras_vit.training import TrainingInterrupted
-
-    try:
-        yield
-    except TrainingInterrupted as interruption:
-        print(f"{interruption} Continue with: keras-vit train --resume {run}", flush=True)
 
 
 @app.command()

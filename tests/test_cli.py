@@ -174,10 +174,10 @@ def test_export_replaces_exports_alone(digits_run, tmp_path):
     assert (tmp_path / "photo.jpg").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[], *([name] for name in "train recipes data-speed evaluate predict probe export".split())],
-)
+COMMANDS = ("train", "recipes", "data-speed", "evaluate", "predict", "probe", "export")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help(command):
     assert "--help" in invoke(*command, "--help")
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from keras_vit import ViTConfig, build_vit
 from keras_vit.training import RECIPES, Recipe, load_run, train
 from keras_vit.training.backbone import load_backbone
+from keras_vit.training.building import build_model, model_arguments
 from keras_vit.training.checkpoints import load_state
 from keras_vit.training.evaluation import evaluate
 from keras_vit.training.optimizers import (
@@ -26,7 +27,7 @@ from keras_vit.training.optimizers import (
     layer_rates,
 )
 from keras_vit.training.recipes import resolve_recipe
-from keras_vit.training.trainer import _print_large, build_model, model_arguments
+from keras_vit.training.report import print_large
 from keras_vit.weights import save_checkpoint
 
 CONFIG = ViTConfig(hidden_dim=16, depth=3, num_heads=2, mlp_dim=24, patch_size=4)
@@ -355,7 +356,7 @@ def test_same_seed_same_run(run, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(("side", "said"), [(384, False), (400, True)])
 def test_large_images_are_said_to_be_costly(side, said, capsys):
     model = build_vit(ViTConfig(8, 1, 2, 8, patch_size=16), image_size=(16, side))
-    _print_large(Console(soft_wrap=True), model)
+    print_large(Console(soft_wrap=True), model)
     out = capsys.readouterr().out
     assert (f"note: {side} px, the checkpoint's own size" in out and "--image-size" in out) == said
 

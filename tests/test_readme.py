@@ -7,7 +7,7 @@ import pytest
 
 from keras_vit import VARIANTS
 from keras_vit.training import RECIPES
-from keras_vit.training.trainer import build_model, model_arguments
+from keras_vit.training.building import build_model, model_arguments
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 

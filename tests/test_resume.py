@@ -253,7 +253,7 @@ def test_sigterm_during_validation(tmp_path, monkeypatch, uninterrupted):
             os.kill(os.getpid(), signal.SIGTERM)
             super().on_test_begin(logs)
 
-    monkeypatch.setattr("keras_vit.training.trainer.Averages", Terminating)
+    monkeypatch.setattr("keras_vit.training.fitting.Averages", Terminating)
     before = signal.getsignal(signal.SIGTERM)
     for step, call in ((10, train_small), (20, resume)):
         with pytest.raises(TrainingInterrupted, match=f"Stopped by SIGTERM at step {step}"):
@@ -546,3 +546,21 @@ def test_batch_that_does_not_divide_is_an_error_at_once(tmp_path):
 def test_fewer_images_than_parts_of_a_batch(tmp_path):
     with pytest.raises(ValueError, match=r"an image for each of 1258 parts.*1257 training images"):
         train_small(tmp_path / "run", batch_size=1258, micro_batches=629)
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"checkpoint_steps": 0}, r"`checkpoint_steps` must be at least 1. Received: .*=0"),
+        ({"checkpoint_minutes": 0.0}, r"`checkpoint_minutes` must be positive. Received: .*=0.0"),
+        (
+            {"checkpoint_minutes": float("nan")},
+            r"`checkpoint_minutes` must be positive. Received: .*=nan",
+        ),
+        ({"keep_checkpoints": 0}, r"`keep_checkpoints` must be at least 1. Received: .*=0"),
+    ],
+)
+def test_checkpoint_options(tmp_path, option, match):
+    with pytest.raises(ValueError, match=match):
+        train_small(tmp_path / "run", **option)
+    assert not (tmp_path / "run").exists()

@@ -20,15 +20,15 @@ from keras_vit.training import (
     DistributedModel,
     NonFiniteLossError,
     Recipe,
+    fitting,
     load_run,
     resume,
     train,
-    trainer,
 )
+from keras_vit.training.building import build_model, model_arguments
 from keras_vit.training.evaluation import evaluate, predict
 from keras_vit.training.optimizers import build_optimizer
 from keras_vit.training.recipes import resolve_recipe
-from keras_vit.training.trainer import build_model, model_arguments
 
 SMALL = Recipe(ViTConfig(16, 2, 2, 24, 4), image_size=8, epochs=2, batch_size=128)
 
@@ -177,7 +177,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
             )
         )
 
-    monkeypatch.setattr(trainer, "training_batches", poisoned)
+    monkeypatch.setattr(fitting, "training_batches", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 14"):
         train_small(tmp_path / "run", epochs=5)  # 10 steps an epoch
     run = load_run(tmp_path / "run")

@@ -31,7 +31,7 @@ SETTINGS = {
     "min_crop_area": 0.5,
     "rotation": 10.0,
     "shift": 0.1,
-    "rand_augment": (1, 9),
+    "rand_augment": (2, 9),
     "erasing": 0.25,
 }
 TRAIN = ["--data", "digits", "--out", "run", "--no-xla", "--checkpoint-steps", "9"]

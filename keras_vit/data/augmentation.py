@@ -377,7 +377,6 @@ def rand_augment(image, key, num_ops, magnitude):
     return image
 
 
-@tf.function  # traced once for all the operations of an image
 def _operate(image, which, sign, strength):
     def branch(operation):
         return lambda: tf.ensure_shape(operation(image, strength, sign), image.shape)

@@ -7,47 +7,26 @@ import datetime
 import io
 import math
 import pathlib
-import time
 import warnings
 
 import keras
-import matplotlib.figure
 import tensorflow as tf
-from rich.console import Console
 
 from keras_vit.config import ViTConfig
 from keras_vit.data import load_data
-from keras_vit.data.pipeline import evaluation_batches, training_batches
-from keras_vit.files import replacing, write_text
-from keras_vit.model import build_vit, vit_arguments
+from keras_vit.files import write_text
+from keras_vit.model import vit_arguments
 from keras_vit.training.backbone import load_backbone
-from keras_vit.training.callbacks import (
-    Averages,
-    BestModel,
-    Checkpoints,
-    Progress,
-    StopOnNonFinite,
-    TrainingInterrupted,
-)
+from keras_vit.training.building import compiled_model, model_arguments, steps_per_epoch
 from keras_vit.training.checkpoints import current_state, load_state, restore_state
-from keras_vit.training.distributed import DistributedModel
-from keras_vit.training.evaluation import evaluate
-from keras_vit.training.losses import build_loss, set_head_bias
-from keras_vit.training.optimizers import build_optimizer
+from keras_vit.training.fitting import fit_and_record, lost_workers
 from keras_vit.training.recipes import Recipe, resolve_recipe
-from keras_vit.training.run import (
-    Run,
-    check_run_folder,
-    load_run,
-    new_run_folder,
-    save_run,
-)
+from keras_vit.training.report import chief_console, print_header, print_large
+from keras_vit.training.run import Run, check_run_folder, load_run, new_run_folder
 from keras_vit.training.workers import join_workers
 from keras_vit.versions import versions
-from keras_vit.weights.loading import HEAD
 from keras_vit.weights.sources import local_path, sha256
 
-LARGE_SIDE = 384  # pixels, the paper's for fine-tuning
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
@@ -121,7 +100,8 @@ def train(
     Source: fine-tuning as in the paper (arXiv 2010.11929, Sections 3.2 and B.1.1): the whole head
     of pre-training is left out, `pre_logits` too, and positions are interpolated.
     """
-    _check_arguments(precision, weights, num_heads, checkpoint_steps, keep_checkpoints)
+    _check_arguments(precision, weights, num_heads)
+    _check_checkpoints(checkpoint_steps, checkpoint_minutes, keep_checkpoints)
     early = resolve_recipe(recipe, (0, 0), overrides, weights)
     workers = join_workers(strategy)
     if workers.is_chief:
@@ -129,7 +109,7 @@ def train(
     # The images may take minutes to read, so that everything else is checked before. Without
     # weights, the recipe that None stands for depends on them.
     source, backbone = _load_weights(weights, num_heads, early)
-    console = _console(workers)
+    console = chief_console(workers)
     data = load_data(data, skip_unreadable=skip_unreadable)
     recipe = resolve_recipe(recipe, data.image_size, overrides, weights)
     recipe = _fit_batch(recipe, data.train.count, workers.replicas)
@@ -143,18 +123,18 @@ def train(
         "keep_checkpoints": keep_checkpoints,
     }
     arguments = model_arguments(recipe, data.num_classes, backbone)
-    with _lost_workers(out):
-        model = _compiled_model(arguments, recipe, data, options, workers, backbone)
+    with lost_workers(out):
+        model = compiled_model(arguments, recipe, data, options, workers, backbone)
     del backbone
     info = _describe(data, source, recipe, options, workers, model)
     with new_run_folder(out, overwrite) if workers.is_chief else _no_folder(out) as folder:
         run = Run(folder, info)
-        _print_header(console, run, model)
+        print_header(console, run, model)
         if weights is not None and recipe.image_size is None:
-            _print_large(console, model)
+            print_large(console, model)
         for path in data.skipped:
             console.print(f"skipped {path}")
-        _fit_and_record(run, model, data, recipe, console, workers)
+        fit_and_record(run, model, data, recipe, console, workers)
     return run
 
 
@@ -182,8 +162,8 @@ def resume(run, *, strategy="auto"):
             of the libraries began the run, so that its end may differ.
     """
     workers = join_workers(strategy)
-    console = _console(workers)
-    with _lost_workers(run):
+    console = chief_console(workers)
+    with lost_workers(run):
         info = workers.json_from_chief(load_run(run).info if workers.is_chief else None)
     run = Run(pathlib.Path(run).absolute(), info)
     if run.info["results"]["status"] == "finished":
@@ -201,18 +181,18 @@ def resume(run, *, strategy="auto"):
     recipe = Recipe(**_with_config(run.info["recipe"]))
     _check_batch(recipe, workers.replicas)
     arguments = _with_config(run.info["model"]["arguments"])
-    with _lost_workers(run.folder):
+    with lost_workers(run.folder):
         position, state = _newest_state(run, workers)
         backbone = _same_backbone(run, recipe) if position is None else None
-        model = _compiled_model(arguments, recipe, data, run.info["options"], workers, backbone)
-        _print_header(console, run, model)
+        model = compiled_model(arguments, recipe, data, run.info["options"], workers, backbone)
+        print_header(console, run, model)
         if position is not None:
             _restore(model, state, workers)
     if workers.is_chief:
         _cut_history(run.folder, position["epoch"] if position else 0)
     done = position["step"] if position else 0
-    console.print(f"from step {done:,} of {recipe.epochs * _steps_per_epoch(recipe, data):,}")
-    _fit_and_record(run, model, data, recipe, console, workers, position)
+    console.print(f"from step {done:,} of {recipe.epochs * steps_per_epoch(recipe, data):,}")
+    fit_and_record(run, model, data, recipe, console, workers, position)
     return run
 
 
@@ -273,7 +253,7 @@ def _cut_history(folder, epochs):
         write_text(path, "".join(",".join(row) + "\n" for row in kept))
 
 
-def _check_arguments(precision, weights, num_heads, checkpoint_steps, keep_checkpoints):
+def _check_arguments(precision, weights, num_heads):
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {PRECISIONS}. Received: {precision!r}.")
     if keras.backend.backend() != "tensorflow":
@@ -283,13 +263,20 @@ def _check_arguments(precision, weights, num_heads, checkpoint_steps, keep_check
         )
     if num_heads is not None and weights is None:
         raise ValueError(f"`num_heads` is for `weights` alone. Received: num_heads={num_heads!r}.")
-    if checkpoint_steps is not None and checkpoint_steps < 1:
+
+
+def _check_checkpoints(steps, minutes, keep):
+    if steps is not None and steps < 1:
         raise ValueError(
-            f"`checkpoint_steps` must be at least 1. Received: checkpoint_steps={checkpoint_steps}."
+            f"`checkpoint_steps` must be at least 1. Received: checkpoint_steps={steps}."
         )
-    if keep_checkpoints < 1:
+    if minutes is not None and not minutes > 0:
         raise ValueError(
-            f"`keep_checkpoints` must be at least 1. Received: keep_checkpoints={keep_checkpoints}."
+            f"`checkpoint_minutes` must be positive. Received: checkpoint_minutes={minutes}."
+        )
+    if keep < 1:
+        raise ValueError(
+            f"`keep_checkpoints` must be at least 1. Received: keep_checkpoints={keep}."
         )
 
 
@@ -335,222 +322,9 @@ def _batch_unit(recipe, replicas):
     return replicas * recipe.micro_batches * (2 if recipe.mixing else 1)
 
 
-def _steps_per_epoch(recipe, data):
-    return math.ceil(data.train.count / recipe.batch_size)
-
-
-def model_arguments(recipe, num_classes, backbone=None):
-    """The arguments of `build_vit` for a recipe's model, or for a backbone with a new head."""
-    if backbone is not None:
-        frozen = recipe.freeze_backbone
-        return vit_arguments(backbone) | {
-            "num_classes": num_classes,
-            "dropout": 0.0 if frozen else recipe.dropout,
-            "drop_path": 0.0 if frozen else recipe.drop_path,
-        }
-    return {
-        "variant": recipe.variant,
-        "image_size": recipe.image_size,
-        "num_classes": num_classes,
-        "patch_size": recipe.patch_size,
-        "pooling": recipe.pooling,
-        "class_token": recipe.pooling not in ("gap", "map"),
-        "position": recipe.position,
-        "dropout": recipe.dropout,
-        "drop_path": recipe.drop_path,
-        "layer_scale": recipe.layer_scale,
-        "normalization": recipe.normalization,
-    }
-
-
-def build_model(arguments, recipe, backbone=None):
-    """The model of `model_arguments`, with the weights of a backbone, and frozen as asked."""
-    model = build_vit(**arguments)
-    loaded = {weight.path: weight for weight in backbone.weights} if backbone else {}
-    for weight in model.weights:
-        if weight.path.startswith(HEAD):
-            continue
-        if loaded:
-            weight.assign(loaded[weight.path])
-        if recipe.freeze_backbone:
-            # Not its layer's `trainable`, which Keras saves and restores by halves.
-            weight.trainable = False
-    if recipe.head_bias:
-        set_head_bias(model, recipe.head_bias)
-    return model
-
-
-def _compiled_model(arguments, recipe, data, options, workers, backbone=None):
-    """The `DistributedModel` of a run, ready for `fit`."""
-    keras.utils.set_random_seed(options["seed"])
-    with dtype_policy(options["precision"]), workers.scope():
-        vit = build_model(arguments, recipe, backbone)
-        model = DistributedModel(vit.inputs, vit.outputs, name=vit.name)
-        model.compile(
-            optimizer=build_optimizer(recipe, model, _steps_per_epoch(recipe, data)),
-            loss=build_loss(recipe),
-            metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
-            micro_batches=recipe.micro_batches,
-            mixing=recipe.mixing,
-            seed=options["seed"],
-            jit_compile=options["jit_compile"],
-        )
-        model.optimizer.build(model.trainable_variables)
-    return model
-
-
-@contextlib.contextmanager
-def dtype_policy(name):
-    """Sets Keras' dtype policy within the block."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
-
-
-def _console(workers):
-    """Where the chief speaks; the other workers are silent."""
-    return Console(soft_wrap=True, highlight=False, markup=False, quiet=not workers.is_chief)
-
-
 @contextlib.contextmanager
 def _no_folder(path):
     yield pathlib.Path(path).absolute()
-
-
-def _save_run(run, workers):
-    if workers.is_chief:
-        save_run(run)
-
-
-def _fit_and_record(run, model, data, recipe, console, workers, position=None):
-    """Trains, tests the best model, and keeps run.json true whatever happens."""
-    start = time.perf_counter()
-    results = run.info["results"]
-    seconds = results.get("seconds", 0)  # before it was resumed
-    results.pop("error", None)
-    results["status"] = "running"
-    _save_run(run, workers)
-    try:
-        best = _fit(run, model, data, recipe, console, workers, position)
-        results.update(best_epoch=best.epoch, validation_accuracy=best.accuracy, status="finished")
-        if workers.is_chief:
-            tested = evaluate(run.model(), data.test, run.class_names)
-            results["test_accuracy"] = tested.top1
-    except BaseException as error:
-        interrupted = isinstance(error, TrainingInterrupted)
-        results.update(
-            status="interrupted" if interrupted else "stopped",
-            error=f"{type(error).__name__}: {error}",
-        )
-        raise
-    finally:
-        results["seconds"] = round(seconds + time.perf_counter() - start, 1)
-        _save_run(run, workers)
-        if workers.is_chief:
-            with contextlib.suppress(OSError):
-                plot_curves(run.folder)
-    if workers.is_chief:
-        console.print(
-            f"test accuracy {results['test_accuracy']:.4f} (best epoch {results['best_epoch']}, "
-            f"{results['seconds']:.0f} s) -> {run.folder}"
-        )
-
-
-def _fit(run, model, data, recipe, console, workers, position):
-    """Trains to the end; returns the `BestModel`, with the place of the best epoch."""
-    position = position or {"step": 0, "epoch": 0, "step_of_epoch": 0, "stopped": False}
-    options = run.info["options"]
-    steps_per_epoch = _steps_per_epoch(recipe, data)
-
-    def save(name):
-        if workers.is_chief:
-            plain = keras.Model(model.inputs, model.outputs, name=model.name)
-            with replacing(run.folder / name) as path:
-                plain.save(path)
-
-    best = BestModel(save, patience=options["early_stop"])
-    if "best" in position:
-        best.epoch, best.accuracy, best.loss = position["best"]
-    checkpoints = Checkpoints(
-        run.folder if workers.is_chief else None,
-        best,
-        steps_per_epoch,
-        every_steps=options["checkpoint_steps"],
-        every_minutes=options["checkpoint_minutes"],
-        keep=options["keep_checkpoints"],
-    )
-    progress = Progress(console, recipe.batch_size)
-    finite = StopOnNonFinite(position["step"])
-    callbacks = [finite, progress, Averages(), best, *_logs(run, workers), checkpoints]
-    batches, validation = _batches(data, recipe, model, options["seed"], workers, position["step"])
-    lost_workers = _lost_workers(run.folder, checkpoints)
-    with contextlib.closing(progress), checkpoints.listening(), lost_workers:
-        model.fit(
-            batches,
-            epochs=position["epoch"] if position["stopped"] else recipe.epochs,
-            initial_epoch=position["epoch"],
-            initial_step=position["step_of_epoch"],
-            steps_per_epoch=steps_per_epoch,
-            validation_data=validation,
-            callbacks=callbacks,
-            shuffle=False,  # the batches are
-            verbose=0,
-        )
-    save("last.keras")  # `fit` ends with the averaged weights, if there are any
-    return best
-
-
-def _logs(run, workers):
-    """The callbacks that write what TensorBoard and people read."""
-    if not workers.is_chief:
-        return []
-    return [
-        keras.callbacks.CSVLogger(str(run.folder / "history.csv"), append=True),
-        keras.callbacks.TensorBoard(str(run.folder / "tensorboard"), write_graph=False),
-    ]
-
-
-def _batches(data, recipe, model, seed, workers, first_step):
-    """The batches of training, from a step on, and those of validation."""
-    size, batch_size = model.input_shape[1:3], recipe.batch_size
-
-    def training(shard):
-        return training_batches(
-            data.train,
-            size,
-            batch_size,
-            data.num_classes,
-            seed=seed,
-            first_step=first_step,
-            shard=shard,
-            augmentation=recipe.augmentation,
-        )
-
-    def validation(shard):
-        return evaluation_batches(data.validation, size, batch_size, data.num_classes, shard=shard)
-
-    return (
-        workers.distribute(training, batch_size, drop_remainder=True),
-        workers.distribute(validation, batch_size, drop_remainder=False),
-    )
-
-
-@contextlib.contextmanager
-def _lost_workers(folder, checkpoints=None):
-    """Says what to do when another worker is gone."""
-    try:
-        yield
-    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
-        if checkpoints and checkpoints.terminated:
-            # So were the others, and the chief saved a checkpoint.
-            raise TrainingInterrupted("Stopped by SIGTERM.") from error
-        raise RuntimeError(
-            "Another worker was lost, see what it said. Start all of them again; once training "
-            f"has begun, with `keras-vit train --resume {folder}`. {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _describe(data, weights, recipe, options, workers, model):
@@ -585,64 +359,3 @@ def _describe(data, weights, recipe, options, workers, model):
 
 def _plain(arguments):
     return {**arguments, "variant": dataclasses.asdict(arguments["variant"])}
-
-
-def _print_header(console, run, model):
-    data, weights, facts = run.info["data"], run.info["weights"], run.info["model"]
-    skipped = f", {data['skipped']} unreadable skipped" if data["skipped"] else ""
-    height, width = facts["image_size"]
-    pixels = height if height == width else f"{height} x {width}"
-    console.print(
-        f"{data['name']}: {len(data['class_names'])} classes, {data['train']:,} training, "
-        f"{data['validation']:,} validation, {data['test']:,} test images{skipped}"
-    )
-    if weights is not None:
-        console.print(f"{weights['path']} (SHA-256 {weights['sha256'][:12]}...), new head")
-    console.print(
-        f"{_size(run.info['recipe'], model)}, images of {pixels} px, "
-        f"{facts['parameters']:,} parameters"
-    )
-    if run.info["recipe"]["freeze_backbone"]:
-        console.print(
-            f"{facts['trained_parameters']:,} of {facts['parameters']:,} parameters trained"
-        )
-
-
-def _size(recipe, model):
-    """The size of a model in words: its variant, or its blocks and patches."""
-    size, patch_size = recipe["variant"], recipe["patch_size"]
-    if not isinstance(size, str):
-        config = vit_arguments(model)["variant"]
-        size = f"{config.depth} blocks of width {config.hidden_dim}"
-        patch_size = config.patch_size
-    return f"{size}, patches of {patch_size} px" if patch_size else size
-
-
-def _print_large(console, model):
-    """Says what large images of a checkpoint cost, which are easily more than there is memory."""
-    side = max(model.input_shape[1:3])
-    if side > LARGE_SIDE:
-        console.print(
-            f"note: {side} px, the checkpoint's own size, takes much memory and time; a smaller "
-            "image_size (--image-size) or batch_size (--batch-size) takes less"
-        )
-
-
-def plot_curves(folder):
-    """Draws history.csv as curves.png: loss and accuracy over the epochs."""
-    history = folder / "history.csv"
-    if not history.exists():
-        return
-    rows = list(csv.DictReader(history.read_text().splitlines()))
-    if not rows:
-        return
-    figure = matplotlib.figure.Figure(figsize=(9, 3.5), layout="constrained")
-    epochs = [int(row["epoch"]) + 1 for row in rows]
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for key, label in ((name, "training"), (f"val_{name}", "validation")):
-            axes.plot(epochs, [float(row[key]) for row in rows], label=label)
-        axes.set(xlabel="epoch", ylabel=name)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with replacing(folder / "curves.png") as path:
-        figure.savefig(path, dpi=150)

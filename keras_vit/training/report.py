@@ -1,0 +1,78 @@
+"""What a run shows: lines on the terminal, and curves."""
+
+import csv
+
+import matplotlib.figure
+from rich.console import Console
+
+from keras_vit.files import replacing
+from keras_vit.model import vit_arguments
+
+LARGE_SIDE = 384  # pixels, the paper's for fine-tuning
+
+
+def chief_console(workers):
+    """Where the chief speaks; the other workers are silent."""
+    return Console(soft_wrap=True, highlight=False, markup=False, quiet=not workers.is_chief)
+
+
+def print_header(console, run, model):
+    """Says what is trained on what."""
+    data, weights, facts = run.info["data"], run.info["weights"], run.info["model"]
+    skipped = f", {data['skipped']} unreadable skipped" if data["skipped"] else ""
+    height, width = facts["image_size"]
+    pixels = height if height == width else f"{height} x {width}"
+    console.print(
+        f"{data['name']}: {len(data['class_names'])} classes, {data['train']:,} training, "
+        f"{data['validation']:,} validation, {data['test']:,} test images{skipped}"
+    )
+    if weights is not None:
+        console.print(f"{weights['path']} (SHA-256 {weights['sha256'][:12]}...), new head")
+    console.print(
+        f"{_size(run.info['recipe'], model)}, images of {pixels} px, "
+        f"{facts['parameters']:,} parameters"
+    )
+    if run.info["recipe"]["freeze_backbone"]:
+        console.print(
+            f"{facts['trained_parameters']:,} of {facts['parameters']:,} parameters trained"
+        )
+
+
+def _size(recipe, model):
+    """The size of a model in words: its variant, or its blocks and patches."""
+    size, patch_size = recipe["variant"], recipe["patch_size"]
+    if not isinstance(size, str):
+        config = vit_arguments(model)["variant"]
+        size = f"{config.depth} blocks of width {config.hidden_dim}"
+        patch_size = config.patch_size
+    return f"{size}, patches of {patch_size} px" if patch_size else size
+
+
+def print_large(console, model):
+    """Says what large images of a checkpoint cost, which are easily more than there is memory."""
+    side = max(model.input_shape[1:3])
+    if side > LARGE_SIDE:
+        console.print(
+            f"note: {side} px, the checkpoint's own size, takes much memory and time; a smaller "
+            "image_size (--image-size) or batch_size (--batch-size) takes less"
+        )
+
+
+def plot_curves(folder):
+    """Draws history.csv as curves.png: loss and accuracy over the epochs."""
+    history = folder / "history.csv"
+    if not history.exists():
+        return
+    rows = list(csv.DictReader(history.read_text().splitlines()))
+    if not rows:
+        return
+    figure = matplotlib.figure.Figure(figsize=(9, 3.5), layout="constrained")
+    epochs = [int(row["epoch"]) + 1 for row in rows]
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for key, label in ((name, "training"), (f"val_{name}", "validation")):
+            axes.plot(epochs, [float(row[key]) for row in rows], label=label)
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with replacing(folder / "curves.png") as path:
+        figure.savefig(path, dpi=150)
