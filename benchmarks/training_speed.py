@@ -68,7 +68,9 @@ def fitted(model, images, labels, **options):
         metrics=[],  # KerasHub would choose some
         **options,
     )
-    batches = tf.data.Dataset.from_tensors((images, labels)).repeat()
+    options = tf.data.Options()
+    options.autotune.enabled = False  # its thread lets the end of `fit` wait, up to a minute
+    batches = tf.data.Dataset.from_tensors((images, labels)).repeat().with_options(options)
 
     def train(steps):
         model.fit(batches, steps_per_epoch=steps, shuffle=False, verbose=0)

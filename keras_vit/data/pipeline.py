@@ -9,6 +9,7 @@ from keras_vit.data.structures import array_split, typical_size
 
 # Resized images are kept in memory up to this size; larger splits are decoded in every epoch.
 CACHE_BYTES = 2**31
+PREFETCHED = 4  # batches
 _SHUFFLE_ROUNDS = 8  # of the cipher; `index_shuffle` has 4
 
 
@@ -52,7 +53,7 @@ def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 
     images = _resized(tf.data.Dataset.from_tensor_slices(places), split, image_size)
     if len(places) * _image_bytes(image_size) <= CACHE_BYTES:
         images = images.cache()
-    return _one_hot(images.batch(size), num_classes).prefetch(tf.data.AUTOTUNE)
+    return _fixed(_one_hot(images.batch(size), num_classes).prefetch(PREFETCHED))
 
 
 def first_images(split, image_size, count):
@@ -173,7 +174,8 @@ def training_batches(
     stop = np.iinfo(np.int64).max if steps is None else first_step + steps
     samples = tf.data.Dataset.range(first_step, stop).map(samples).unbatch()
     images = samples.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return _one_hot(images.batch(size, drop_remainder=True), num_classes).prefetch(tf.data.AUTOTUNE)
+    images = images.batch(size, drop_remainder=True)
+    return _fixed(_one_hot(images, num_classes).prefetch(PREFETCHED))
 
 
 def _part(batch_size, shard):
@@ -211,6 +213,17 @@ def _resized(indices, split, image_size):
         return resize(image, image_size), label
 
     return indices.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _fixed(batches):
+    """The batches, without the thread that tunes a pipeline.
+
+    It wakes up after 10, 20, 40, ... ms, a minute at last, and until then whoever ends a pass has
+    to wait for it: each validation would take up to twice its time. Untuned maps use all cores.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return batches.with_options(options)
 
 
 def _image_bytes(image_size):
