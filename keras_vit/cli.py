@@ -223,15 +223,15 @@ def train(
 def check_resume_options(context):
     """Raises ValueError if --resume came with options that the run itself says."""
     given = [
-        name
-        for name in context.params
-        if context.get_parameter_source(name).name == "COMMANDLINE"
-        and name not in ("resume", "strategy")
+        parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(parameter.name).name == "COMMANDLINE"
+        and parameter.name not in ("resume", "strategy")
     ]
     if given:
         raise ValueError(
             "--resume continues a run as it was begun: --strategy alone can be given with it. "
-            f"Received: {', '.join('--' + name.replace('_', '-') for name in given)}."
+            f"Received: {', '.join(given)}."
         )
 
 

@@ -657,3 +657,32 @@ def test_optimizer_without_what_fails_under_a_strategy(optimizer, message):
     with pytest.raises(ValueError, match=message):
         compiled(DistributedModel, 2, lambda: keras.optimizers.SGD(0.1, **optimizer))
     compiled(DistributedModel, None, lambda: keras.optimizers.SGD(0.1, **optimizer))
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+@pytest.mark.parametrize("known", [True, False])
+def test_data_that_end(steps_per_execution, known):
+    """10 batches an epoch: no part of a step is done without a batch."""
+
+    def fit(strategy, **options):
+        keras.utils.set_random_seed(2)
+        with scope(strategy):
+            inputs = keras.Input((12, 8, 3))
+            x = keras.layers.Rescaling(1 / 255)(inputs)
+            outputs = keras.layers.Dense(5)(keras.layers.Flatten()(x))
+            model = DistributedModel(inputs, outputs)
+            loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+            model.compile(keras.optimizers.AdamW(1e-2), loss, jit_compile=False, **options)
+        data = batches(4, IMAGES[:40], LABELS[:40])
+        if not known and strategy is not None:
+            data = data.filter(lambda images, labels: True)
+        history = model.fit(data, epochs=2, validation_data=data, shuffle=False, verbose=0)
+        return model, history.history
+
+    model, history = fit(mirrored(2), steps_per_execution=steps_per_execution)
+    expected, expected_history = fit(None)
+    assert model.optimizer.iterations.numpy() == 20
+    for name in ("loss", "val_loss"):
+        np.testing.assert_allclose(history[name], expected_history[name], atol=1e-5)
+    for weight, expected_weight in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, expected_weight, atol=1e-5)

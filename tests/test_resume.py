@@ -30,7 +30,7 @@ from keras_vit.training import (
 )
 from keras_vit.training.callbacks import BestModel, Checkpoints
 from keras_vit.training.checkpoints import load_state, restore_state, save_state, state_variables
-from keras_vit.training.trainer import _check_batch
+from keras_vit.training.trainer import _check_batch, _fit_batch
 from keras_vit.weights import save_checkpoint
 
 CONFIG = ViTConfig(hidden_dim=8, depth=1, num_heads=2, mlp_dim=12, patch_size=4)
@@ -529,6 +529,7 @@ def test_options_beside_resume(killed):
     [
         (3, {}, r"a multiple of 6: 3 devices with 1 micro-batches each, in pairs.*batch_size=128"),
         (2, {"micro_batches": 5}, r"a multiple of 20: 2 devices with 5 micro.*batch_size=128"),
+        (2, {"micro_batches": 6}, r"a multiple of 12: 2 devices with 6 micro.*batch_size=128"),
         (3, {"mixup": 0.0, "cutmix": 0.0}, r"of 3: 3 devices with 1 micro-batches each\. Rec"),
     ],
 )
@@ -543,9 +544,11 @@ def test_batch_that_does_not_divide_is_an_error_at_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_fewer_images_than_parts_of_a_batch(tmp_path):
-    with pytest.raises(ValueError, match=r"an image for each of 1258 parts.*1257 training images"):
-        train_small(tmp_path / "run", batch_size=1258, micro_batches=629)
+@pytest.mark.parametrize("replicas", [1, 2, 8])
+def test_fewer_images_than_a_batch_are_one_on_any_number_of_devices(replicas):
+    recipe = dataclasses.replace(EVERYTHING, batch_size=2048)
+    assert _fit_batch(recipe, 1257, replicas).batch_size == 1024
+    assert _fit_batch(recipe, 2048, replicas).batch_size == 2048
 
 
 @pytest.mark.parametrize(

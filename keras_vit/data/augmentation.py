@@ -45,8 +45,9 @@ class Augmentation:
         ValueError: An argument is out of its range.
 
     Source: crops: "Going deeper with convolutions", arXiv 1409.4842, Section 6 (the aspect is
-    clipped where the crop would not lie inside, rather than drawn again); RandAugment: arXiv
-    1909.13719, with the ranges of torchvision's `RandAugment` and gray 128 beyond the border;
+    relative to the image's, and clipped where the crop would not lie inside, rather than drawn
+    again); RandAugment: arXiv 1909.13719, with the ranges of torchvision's `RandAugment` and gray
+    128 beyond the border;
     ThreeAugment: DeiT III, arXiv 2204.07118, Section 3.3, and facebookresearch/deit `augment.py`
     (which draws the order of the three changes of colour; here brightness is first, then
     contrast, then colour); erasing: arXiv 1708.04896, with timm's shares of 2 % to 33 % of the

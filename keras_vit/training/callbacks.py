@@ -174,7 +174,9 @@ class Checkpoints(keras.callbacks.Callback):
             "epoch": epoch,
             "step_of_epoch": step,
             "stopped": bool(self.model.stop_training),
-            "best": [self.best.epoch, self.best.accuracy, self.best.loss],
+            "best": [self.best.epoch, self.best.accuracy, self.best.loss]
+            if self.best.epoch
+            else None,
         }
         try:
             save_state(self.model, self.folder, position, self.keep)

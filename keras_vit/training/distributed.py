@@ -96,7 +96,7 @@ class DistributedModel(StrategyModel):
         self.micro_batches = micro_batches
         self.mixing = mixing
         self.seed = seed
-        self.xla = not run_eagerly if jit_compile == "auto" else bool(jit_compile)
+        self.xla = bool(jit_compile) and not run_eagerly  # "auto" is yes
         # Under a strategy, a replica's part of the step is compiled here instead of the whole.
         whole_step = self.xla and self.strategy is None
         super().compile(optimizer, loss, jit_compile=whole_step, run_eagerly=run_eagerly, **kwargs)

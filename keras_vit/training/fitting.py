@@ -21,6 +21,8 @@ from keras_vit.training.evaluation import evaluate
 from keras_vit.training.report import plot_curves
 from keras_vit.training.run import save_run
 
+START = {"step": 0, "epoch": 0, "step_of_epoch": 0, "stopped": False, "best": None}
+
 
 def fit_and_record(run, model, data, recipe, console, workers, position=None):
     """Trains, tests the best model, and keeps run.json true whatever happens."""
@@ -51,6 +53,8 @@ def fit_and_record(run, model, data, recipe, console, workers, position=None):
         if workers.is_chief:
             with contextlib.suppress(OSError):
                 plot_curves(run.folder)
+    with lost_workers(run.folder):
+        workers.json_from_chief(None)  # whoever ended before the chief could not be started again
     if workers.is_chief:
         console.print(
             f"test accuracy {results['test_accuracy']:.4f} (best epoch {results['best_epoch']}, "
@@ -60,7 +64,7 @@ def fit_and_record(run, model, data, recipe, console, workers, position=None):
 
 def _fit(run, model, data, recipe, console, workers, position):
     """Trains to the end; returns the `BestModel`, with the place of the best epoch."""
-    position = position or {"step": 0, "epoch": 0, "step_of_epoch": 0, "stopped": False}
+    position = position or START
     options = run.info["options"]
     steps = steps_per_epoch(recipe, data)
 
@@ -71,7 +75,7 @@ def _fit(run, model, data, recipe, console, workers, position):
                 plain.save(path)
 
     best = BestModel(save, patience=options["early_stop"])
-    if "best" in position:
+    if position["best"]:
         best.epoch, best.accuracy, best.loss = position["best"]
     checkpoints = Checkpoints(
         run.folder if workers.is_chief else None,

@@ -82,29 +82,44 @@ class StrategyModel(keras.Model):
         def one_step(data):
             return self._mean_over_replicas(self.strategy.run(step_function, args=(data,)))
 
-        def next_step(iterator):
-            return one_step(next(iterator))
+        def more_steps(iterator, logs):
+            def body(step, _, logs):
+                batch = iterator.get_next_as_optional()
+                logs = tf.cond(batch.has_value(), lambda: one_step(batch.get_value()), lambda: logs)
+                return step + 1, batch.has_value(), logs
 
-        def many_steps(iterator):
-            def body(step, _):
-                return step + 1, next_step(iterator)
+            return tf.while_loop(
+                lambda step, more, _: more & (step < self.steps_per_execution),
+                body,
+                (tf.constant(1), tf.constant(True), logs),
+            )[2]
 
-            steps = self.steps_per_execution
-            state = (tf.constant(1), next_step(iterator))
-            return tf.while_loop(lambda step, _: step < steps, body, state)[1]
+        functions = {}
 
-        if not self.run_eagerly:
-            one_step, next_step, many_steps = (
-                tf.function(function, reduce_retracing=True, autograph=False)
-                for function in (one_step, next_step, many_steps)
-            )
+        def compiled(function, *signature):
+            if self.run_eagerly:
+                return function
+            key = function, repr(signature)
+            if key not in functions:
+                options = {"input_signature": signature} if signature else {}
+                functions[key] = tf.function(function, autograph=False, **options)
+            return functions[key]
 
         def function(iterator):
             if not isinstance(iterator, tf.distribute.DistributedIterator):
-                return one_step(next(iterator))  # of train_on_batch
+                return compiled(one_step)(next(iterator))  # of train_on_batch
+            # The batch is asked for outside of the step, of which a part would run without it;
+            # the signature says whether all batches have one size.
+            step = compiled(one_step, iterator.element_spec)
+            logs = step(next(iterator))
             if step_function == self.train_step and self.steps_per_execution > 1:
-                return many_steps(iterator)
-            return _until_empty(next_step, iterator, self.steps_per_execution)
+                return compiled(more_steps)(iterator, logs)
+            for _ in range(1, self.steps_per_execution):
+                try:
+                    logs = step(next(iterator))
+                except (StopIteration, tf.errors.OutOfRangeError):
+                    break
+            return logs
 
         return function
 
@@ -154,19 +169,6 @@ def _next_by_replica(stock):
 
     next_by_replica.by_replica = True
     return next_by_replica
-
-
-def _until_empty(next_step, iterator, steps):
-    """Up to so many steps; raises as the iterator does if it was empty from the start."""
-    logs = None
-    for _ in range(steps):
-        try:
-            logs = next_step(iterator)
-        except (StopIteration, tf.errors.OutOfRangeError):
-            if logs is None:
-                raise
-            break
-    return logs
 
 
 def _skip_steps(epoch_iterator, steps):

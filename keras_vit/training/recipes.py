@@ -226,7 +226,8 @@ _AUGREG = {
 # DeiT III (arXiv 2204.07118; README_revenge.md, main.py, augment.py and models_v2.py of
 # facebookresearch/deit). Its repeated augmentation, three versions of an image in one batch, is
 # not done here; its stochastic depth has one rate for all blocks, where ours grows to it; its loss
-# is described in `SigmoidCrossEntropy`; its rate ends at 1e-5 and stays there for 10 epochs.
+# is described in `SigmoidCrossEntropy`; its rate ends at 1e-5 and stays there for 10 epochs; its
+# class token has no position, and its crops are bicubic.
 _DEIT3 = {
     **_IMAGENET,
     "pooling": "token",
@@ -236,7 +237,7 @@ _DEIT3 = {
     "batch_size": 2048,
     "optimizer": "lamb",
     "warmup": 0.00625,  # 5 of 800 epochs
-    "clip_norm": None,
+    "clip_norm": 1000.0,  # FusedLAMB's 1, of a loss that is 1/1000 of ours
     "loss": "sigmoid",
     "mixup": 0.8,
     "cutmix": 1.0,
@@ -385,7 +386,7 @@ RECIPES = types.MappingProxyType(
         ),
         # "Better plain ViT baselines": the least that works. big_vision's decay of 1e-4 is not
         # multiplied by the rate: 0.1 here. Its RandAugment draws from other ranges for some
-        # operations. 300 epochs give 80.0 %.
+        # operations, and its head has a hidden layer (`rep_size`). 300 epochs give 80.0 %.
         "plain_imagenet": Recipe(
             "S/16",
             **_IMAGENET,

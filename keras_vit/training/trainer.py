@@ -142,8 +142,8 @@ def resume(run, *, strategy="auto"):
     """Continues a run that was interrupted, to the result it would have had.
 
     Everything is as `train` was told, and goes on from the newest whole checkpoint: bit for bit on
-    CPUs with as many workers, up to rounding with another number of them. Reported training losses
-    and accuracies of the epoch that was interrupted are those of its rest.
+    CPUs with XLA and as many workers, up to rounding with another number of them. The training
+    loss and accuracy that are reported of the epoch that was interrupted are those of its rest.
 
     Args:
         run: The run folder.
@@ -249,7 +249,8 @@ def _cut_history(folder, epochs):
     path = folder / "history.csv"
     if path.exists():
         rows = list(csv.reader(io.StringIO(path.read_text())))
-        kept = rows[:1] + [row for row in rows[1:] if int(row[0]) < epochs]
+        whole = [row for row in rows[1:] if len(row) == len(rows[0])]
+        kept = rows[:1] + [row for row in whole if int(row[0]) < epochs]
         write_text(path, "".join(",".join(row) + "\n" for row in kept))
 
 
@@ -296,15 +297,11 @@ def _load_weights(weights, num_heads, recipe):
 
 
 def _fit_batch(recipe, images, replicas):
-    """The recipe with a batch that there are images for and that divides into equal parts."""
+    """The recipe with a batch that there are images for, the same for any number of replicas."""
+    if images < recipe.batch_size:
+        recipe = dataclasses.replace(recipe, batch_size=2 ** int(math.log2(images)))
     _check_batch(recipe, replicas)
-    unit = _batch_unit(recipe, replicas)
-    if images < unit:
-        raise ValueError(
-            f"There must be an image for each of {unit} parts of a batch. Received: {images} "
-            "training images."
-        )
-    return dataclasses.replace(recipe, batch_size=min(recipe.batch_size, images // unit * unit))
+    return recipe
 
 
 def _check_batch(recipe, replicas):
@@ -319,7 +316,8 @@ def _check_batch(recipe, replicas):
 
 
 def _batch_unit(recipe, replicas):
-    return replicas * recipe.micro_batches * (2 if recipe.mixing else 1)
+    # A replica's part is mixed before it is cut into micro-batches.
+    return replicas * math.lcm(recipe.micro_batches, 2 if recipe.mixing else 1)
 
 
 @contextlib.contextmanager

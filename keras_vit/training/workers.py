@@ -23,6 +23,11 @@ class Workers:
     is_chief: bool = True
 
     @property
+    def several(self):
+        """Whether there are other processes, or might be."""
+        return isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+    @property
     def replicas(self):
         """The devices of all workers."""
         return self.strategy.num_replicas_in_sync if self.strategy else 1
@@ -38,7 +43,7 @@ class Workers:
             batches: Function from a shard `(i, n)` to a `tf.data.Dataset` of the i-th of n equal
                 parts of every global batch.
             batch_size: Images of a global batch.
-            drop_remainder: Whether all batches are whole.
+            drop_remainder: Whether all batches are whole, and without end.
 
         Returns:
             A dataset that `DistributedModel` takes.
@@ -50,13 +55,17 @@ class Workers:
             part = batches((context.input_pipeline_id, context.num_input_pipelines))
             if context.num_input_pipelines == self.replicas:
                 return part
-            return part.rebatch(batch_size // self.replicas, drop_remainder=drop_remainder)
+            part = part.rebatch(batch_size // self.replicas, drop_remainder=drop_remainder)
+            if drop_remainder:  # without end: no worker has to ask the others if they have more
+                endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+                part = part.apply(endless)
+            return part
 
         return self.strategy.distribute_datasets_from_function(of_worker)
 
     def from_chief(self, value):
         """The chief's array in every worker; the others pass one of the same shape and dtype."""
-        if self.strategy is None:
+        if not self.several:
             return value
 
         def of_replica(context):
@@ -69,7 +78,7 @@ class Workers:
 
     def json_from_chief(self, value):
         """The chief's value, anything that JSON can hold, in every worker."""
-        if self.strategy is None:
+        if not self.several:
             return value
         text = np.frombuffer(json.dumps(value).encode(), np.uint8).astype(np.int32)
         size = self.from_chief(np.array(len(text), np.int32))
@@ -89,6 +98,7 @@ def join_workers(strategy):
         ValueError: As `build_strategy` and `resolve_cluster`.
     """
     cluster = resolve_cluster() if strategy in ("auto", "multiworker") else None
-    built = build_strategy(strategy, cluster)
-    several = isinstance(built, tf.distribute.MultiWorkerMirroredStrategy)
-    return Workers(built, is_chief=not several or cluster.is_chief)
+    workers = Workers(build_strategy(strategy, cluster))
+    if workers.several:
+        return dataclasses.replace(workers, is_chief=cluster.is_chief)
+    return workers
