@@ -40,7 +40,7 @@ class DistributedModel(StrategyModel):
         *args: As of `keras.Model`: inputs and outputs.
         **kwargs: As of `keras.Model`.
 
-    Source: keras#20582, #20585, #19246, #19005 and #18145 are what it mends. Random numbers by
+    Source: keras#20582, #20585, #19005 and #18145 are what it mends. Random numbers by
     counter: "Parallel random numbers: as easy as 1, 2, 3" (Salmon et al., SC 2011).
     """
 
