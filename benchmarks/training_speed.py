@@ -36,7 +36,7 @@ def ours(images, labels):
     from keras_vit.training import DistributedModel
 
     vit = keras_vit.build_vit("Ti/16", num_classes=CLASSES)
-    return fitted(DistributedModel(vit.inputs, vit.outputs), images, labels)
+    return fitted(DistributedModel(vit.input, vit.output), images, labels)
 
 
 def keras_hub(images, labels, **options):

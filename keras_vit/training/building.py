@@ -63,7 +63,7 @@ def compiled_model(arguments, recipe, data, options, workers, backbone=None):
     keras.utils.set_random_seed(options["seed"])
     with dtype_policy(options["precision"]), workers.scope():
         vit = build_model(arguments, recipe, backbone)
-        model = DistributedModel(vit.inputs, vit.outputs, name=vit.name)
+        model = DistributedModel(vit.input, vit.output, name=vit.name)
         model.compile(
             optimizer=build_optimizer(recipe, model, steps_per_epoch(recipe, data)),
             loss=build_loss(recipe),

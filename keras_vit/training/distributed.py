@@ -32,7 +32,7 @@ class DistributedModel(StrategyModel):
 
         with tf.distribute.MirroredStrategy().scope():
             vit = keras_vit.build_vit("S/16", drop_path=0.1, normalization="imagenet")
-            model = DistributedModel(vit.inputs, vit.outputs)
+            model = DistributedModel(vit.input, vit.output)
             model.compile("adamw", "sparse_categorical_crossentropy", micro_batches=4)
         model.fit(dataset)
 

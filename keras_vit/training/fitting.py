@@ -70,7 +70,7 @@ def _fit(run, model, data, recipe, console, workers, position):
 
     def save(name):
         if workers.is_chief:
-            plain = keras.Model(model.inputs, model.outputs, name=model.name)
+            plain = keras.Model(model.input, model.output, name=model.name)
             with replacing(run.folder / name) as path:
                 plain.save(path)
 
