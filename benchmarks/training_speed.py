@@ -36,6 +36,7 @@ def ours(images, labels):
     from keras_vit.training import DistributedModel
 
     vit = keras_vit.build_vit("Ti/16", num_classes=CLASSES)
+    vit = keras_vit.skip_unread_tokens(vit)  # as `keras-vit train` does
     return fitted(DistributedModel(vit.input, vit.output), images, labels)
 
 

@@ -25,7 +25,7 @@ if pathlib.PurePath(sys.argv[0] if sys.argv else "").name not in ("keras-vit", "
         TokenPooling,
         TransformerBlock,
     )
-    from keras_vit.model import build_vit
+    from keras_vit.model import build_vit, skip_unread_tokens
     from keras_vit.weights import from_checkpoint, load_weights, resize_model, save_checkpoint
 
     __all__ = [
@@ -44,4 +44,5 @@ if pathlib.PurePath(sys.argv[0] if sys.argv else "").name not in ("keras-vit", "
         "load_weights",
         "resize_model",
         "save_checkpoint",
+        "skip_unread_tokens",
     ]

@@ -58,6 +58,12 @@ def gelu(x, kind):
     return 0.5 * x * (1.0 + ops.erf(x * math.sqrt(0.5)))
 
 
+def _first_tokens_spec(x, count, dtype):
+    """The spec `(B, count, D)` of an output of all tokens `(B, N, D)`, or of the first `count`."""
+    batch, tokens, hidden_dim = x.shape
+    return keras.KerasTensor((batch, tokens if count is None else count, hidden_dim), dtype=dtype)
+
+
 def xavier_uniform(fan_in, fan_out):
     """Glorot's uniform initialiser of a `(fan_in, fan_out)` matrix that is part of a fused one."""
     limit = math.sqrt(6.0 / (fan_in + fan_out))
@@ -351,9 +357,10 @@ class MultiHeadSelfAttention(keras.layers.Layer):
 
     Call arguments:
         x: Tokens `(B, N, D)`.
+        queries: Number M of tokens, from the first, that ask and are put out, or None for all N.
 
     Returns:
-        `(B, N, D)`.
+        `(B, M, D)`.
 
     Raises:
         ValueError: D is not divisible by `num_heads` and `head_dim` is None.
@@ -417,13 +424,31 @@ class MultiHeadSelfAttention(keras.layers.Layer):
             self.query_norm.build(head_shape)
             self.key_norm.build(head_shape)
 
-    def call(self, x, training=None):
-        qkv = split_heads(self.qkv(x), 3 * self.num_heads)  # (B, 3 h, N, d)
-        q, k, v = ops.split(qkv, 3, axis=1)  # (B, h, N, d) each
+    def call(self, x, training=None, queries=None):
+        q, k, v = self._qkv(x) if queries is None else self._few_queries(x, queries)
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         a = self.attention_dropout(attention_probabilities(q, k), training=training)
         return self.dropout(self.proj(merge_heads(ops.matmul(a, v))), training=training)
+
+    def _qkv(self, x):
+        qkv = split_heads(self.qkv(x), 3 * self.num_heads)  # (B, 3 h, N, d)
+        return ops.split(qkv, 3, axis=1)  # (B, h, N, d) each
+
+    def _few_queries(self, x, queries):
+        """q `(B, h, M, d)` of the first tokens, k and v `(B, h, N, d)` of all."""
+        kernel = ops.convert_to_tensor(self.qkv.kernel, dtype=self.compute_dtype)
+        inner_dim = kernel.shape[-1] // 3
+        q = ops.matmul(x[:, :queries], kernel[:, :inner_dim])
+        kv = ops.matmul(x, kernel[:, inner_dim:])
+        if self.qkv_bias:
+            bias = ops.convert_to_tensor(self.qkv.bias, dtype=self.compute_dtype)
+            q, kv = q + bias[:inner_dim], kv + bias[inner_dim:]
+        k, v = ops.split(split_heads(kv, 2 * self.num_heads), 2, axis=1)
+        return split_heads(q, self.num_heads), k, v
+
+    def compute_output_spec(self, x, training=None, queries=None):
+        return _first_tokens_spec(x, queries, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -556,9 +581,11 @@ class TransformerBlock(keras.layers.Layer):
 
     Call arguments:
         x: Tokens `(B, N, D)`.
+        queries: Number M of tokens, from the first, that are put out, or None for all N. The
+            others are attended to, and the rest of the block is not computed for them.
 
     Returns:
-        `(B, N, D)`.
+        `(B, M, D)`.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -626,11 +653,15 @@ class TransformerBlock(keras.layers.Layer):
         ):
             layer.build(input_shape)
 
-    def call(self, x, training=None):
-        y = self.layer_scale1(self.attention(self.norm1(x), training=training))
-        x = x + self.drop_path(y, training=training)
-        y = self.layer_scale2(self.feed_forward(self.norm2(x), training=training))
-        return x + self.drop_path(y, training=training)
+    def call(self, x, training=None, queries=None):
+        y = self.attention(self.norm1(x), training=training, queries=queries)
+        x = x if queries is None else x[:, :queries]
+        x = x + self.drop_path(self.layer_scale1(y), training=training)
+        y = self.feed_forward(self.norm2(x), training=training)
+        return x + self.drop_path(self.layer_scale2(y), training=training)
+
+    def compute_output_spec(self, x, training=None, queries=None):
+        return _first_tokens_spec(x, queries, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -317,6 +317,35 @@ def _model_name(variant, patch_size):
     return f"vit_{width}{patch_size or size}"
 
 
+def skip_unread_tokens(model):
+    """The same model on the same weights, without what its output does not depend on.
+
+    With pooling="token", only the class token (and the distillation token) of the last block are
+    read: of the others it takes the keys and values alone, about 7 % less work with 12 blocks.
+    Output and gradients are the same; so is the whole model with any other pooling.
+
+    Args:
+        model: A model of `build_vit`.
+
+    Returns:
+        A `keras.Model` that shares the layers of `model`.
+
+    Raises:
+        ValueError: `model` is not a model of `build_vit`.
+    """
+    arguments = vit_arguments(model)
+    if arguments["pooling"] != "token":
+        return model
+    last_block = f"block_{arguments['variant'].depth - 1}"
+
+    def call(layer, *args, **kwargs):
+        if layer.name == last_block:
+            kwargs["queries"] = 1 + arguments["distillation_token"]
+        return layer(*args, **kwargs)
+
+    return keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
+
+
 def vit_arguments(model):
     """The arguments of `build_vit` that built `model`, read back from its layers.
 

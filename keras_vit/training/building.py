@@ -5,7 +5,7 @@ import math
 
 import keras
 
-from keras_vit.model import build_vit, vit_arguments
+from keras_vit.model import build_vit, skip_unread_tokens, vit_arguments
 from keras_vit.training.distributed import DistributedModel
 from keras_vit.training.losses import build_loss, set_head_bias
 from keras_vit.training.optimizers import build_optimizer
@@ -59,11 +59,12 @@ def build_model(arguments, recipe, backbone=None):
 
 
 def compiled_model(arguments, recipe, data, options, workers, backbone=None):
-    """The `DistributedModel` of a run, ready for `fit`."""
+    """The model of a run, and the `DistributedModel` of its weights, ready for `fit`."""
     keras.utils.set_random_seed(options["seed"])
     with dtype_policy(options["precision"]), workers.scope():
         vit = build_model(arguments, recipe, backbone)
-        model = DistributedModel(vit.input, vit.output, name=vit.name)
+        fast = skip_unread_tokens(vit)
+        model = DistributedModel(fast.input, fast.output, name=vit.name)
         model.compile(
             optimizer=build_optimizer(recipe, model, steps_per_epoch(recipe, data)),
             loss=build_loss(recipe),
@@ -74,7 +75,7 @@ def compiled_model(arguments, recipe, data, options, workers, backbone=None):
             jit_compile=options["jit_compile"],
         )
         model.optimizer.build(model.trainable_variables)
-    return model
+    return vit, model
 
 
 @contextlib.contextmanager

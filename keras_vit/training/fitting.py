@@ -24,8 +24,19 @@ from keras_vit.training.run import save_run
 START = {"step": 0, "epoch": 0, "step_of_epoch": 0, "stopped": False, "best": None}
 
 
-def fit_and_record(run, model, data, recipe, console, workers, position=None):
-    """Trains, tests the best model, and keeps run.json true whatever happens."""
+def fit_and_record(run, vit, model, data, recipe, console, workers, position=None):
+    """Trains, tests the best model, and keeps run.json true whatever happens.
+
+    Args:
+        run: The `Run`.
+        vit: The model to save.
+        model: The `DistributedModel` of its weights.
+        data: The `ImageData`.
+        recipe: The `Recipe`.
+        console: Where to print.
+        workers: The `Workers`.
+        position: Where the training goes on, as a checkpoint has it; None for the start.
+    """
     start = time.perf_counter()
     results = run.info["results"]
     seconds = results.get("seconds", 0)  # before it was resumed
@@ -33,7 +44,7 @@ def fit_and_record(run, model, data, recipe, console, workers, position=None):
     results["status"] = "running"
     _save_run(run, workers)
     try:
-        best = _fit(run, model, data, recipe, console, workers, position)
+        best = _fit(run, vit, model, data, recipe, console, workers, position)
         results.update(best_epoch=best.epoch, validation_accuracy=best.accuracy, status="finished")
         if workers.is_chief:
             tested = evaluate(run.model(), data.test, run.class_names)
@@ -62,7 +73,7 @@ def fit_and_record(run, model, data, recipe, console, workers, position=None):
         )
 
 
-def _fit(run, model, data, recipe, console, workers, position):
+def _fit(run, vit, model, data, recipe, console, workers, position):
     """Trains to the end; returns the `BestModel`, with the place of the best epoch."""
     position = position or START
     options = run.info["options"]
@@ -70,9 +81,8 @@ def _fit(run, model, data, recipe, console, workers, position):
 
     def save(name):
         if workers.is_chief:
-            plain = keras.Model(model.input, model.output, name=model.name)
             with replacing(run.folder / name) as path:
-                plain.save(path)
+                vit.save(path)
 
     best = BestModel(save, patience=options["early_stop"])
     if position["best"]:

@@ -124,7 +124,7 @@ def train(
     }
     arguments = model_arguments(recipe, data.num_classes, backbone)
     with lost_workers(out):
-        model = compiled_model(arguments, recipe, data, options, workers, backbone)
+        vit, model = compiled_model(arguments, recipe, data, options, workers, backbone)
     del backbone
     info = _describe(data, source, recipe, options, workers, model)
     with new_run_folder(out, overwrite) if workers.is_chief else _no_folder(out) as folder:
@@ -134,7 +134,7 @@ def train(
             print_large(console, model)
         for path in data.skipped:
             console.print(f"skipped {path}")
-        fit_and_record(run, model, data, recipe, console, workers)
+        fit_and_record(run, vit, model, data, recipe, console, workers)
     return run
 
 
@@ -184,7 +184,7 @@ def resume(run, *, strategy="auto"):
     with lost_workers(run.folder):
         position, state = _newest_state(run, workers)
         backbone = _same_backbone(run, recipe) if position is None else None
-        model = compiled_model(arguments, recipe, data, run.info["options"], workers, backbone)
+        vit, model = compiled_model(arguments, recipe, data, run.info["options"], workers, backbone)
         print_header(console, run, model)
         if position is not None:
             _restore(model, state, workers)
@@ -192,7 +192,7 @@ def resume(run, *, strategy="auto"):
         _cut_history(run.folder, position["epoch"] if position else 0)
     done = position["step"] if position else 0
     console.print(f"from step {done:,} of {recipe.epochs * steps_per_epoch(recipe, data):,}")
-    fit_and_record(run, model, data, recipe, console, workers, position)
+    fit_and_record(run, vit, model, data, recipe, console, workers, position)
     return run
 
 

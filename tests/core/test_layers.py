@@ -149,6 +149,22 @@ def test_drop_path_drops_whole_branches_per_image():
     np.testing.assert_array_equal(numpy(block(x))[0], numpy(block(x))[1])
 
 
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_few_queries_are_the_first_rows_of_all(qkv_bias):
+    block = TransformerBlock(
+        5, 13, head_dim=4, layer_scale=0.4, qkv_bias=qkv_bias, qk_norm=True, drop_path=0.3
+    )
+    x = normal(2, 7, 11)
+    block(x)
+    randomise(block)
+    few = numpy(block(x, queries=3))
+    assert few.shape == (2, 3, 11)
+    np.testing.assert_allclose(few, numpy(block(x))[:, :3], rtol=1e-5, atol=1e-6)
+    inputs = keras.Input((7, 11))
+    assert block(inputs, queries=3).shape == (None, 3, 11)
+    assert block.attention(inputs, queries=3).shape == (None, 3, 11)
+
+
 def test_dropout_acts_in_training_only():
     attention = MultiHeadSelfAttention(2, attention_dropout=0.5)
     x = normal(1, 9, 8)

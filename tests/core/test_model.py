@@ -6,6 +6,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from conftest import randomise
 
 import keras_vit
 from keras_vit import VARIANTS, ViTConfig, build_vit
@@ -267,8 +268,6 @@ def test_uint8_images_are_taken_when_normalised():
 @pytest.mark.parametrize("stem_units", [None, (1, 1)])
 def test_mixed_bfloat16(stem_units):
     """Pixels and logits are float32, tokens bfloat16, and the result is near float32's."""
-    from conftest import randomise
-
     size = 8 if stem_units is None else 64
     config = dataclasses.replace(CONFIG, stem_units=stem_units, stem_width=32)
     arguments = {"image_size": size, "num_classes": 7, "normalization": "imagenet"}
@@ -297,6 +296,41 @@ def test_drop_path_grows_linearly():
     model = build_vit(config, image_size=8, drop_path=0.2)
     rates = [model.get_layer(f"block_{i}").drop_path.rate for i in range(5)]
     np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.15, 0.2])
+
+
+@pytest.mark.parametrize("distillation_token", [False, True])
+def test_skip_unread_tokens_gives_the_same_outputs_and_gradients(distillation_token):
+    """On every backend, the gradients are those that one step of plain SGD takes off."""
+    arguments = {"distillation_token": distillation_token, "num_registers": 3, "num_classes": 7}
+    x = np.random.default_rng(0).normal(size=(5, 8, 12, 3)).astype("float32")
+    y = np.arange(5)
+    outputs, weights = [], []
+    for function in (lambda model: model, keras_vit.skip_unread_tokens):
+        whole = randomise(build_vit(CONFIG, image_size=(8, 12), **arguments))
+        model = function(whole)
+        assert [w.path for w in model.weights] == [w.path for w in whole.weights]
+        outputs.append(model.predict(x, verbose=0))
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(1.0), loss, jit_compile=False)
+        model.train_on_batch(x, y)
+        weights.append(whole.get_weights())
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
+    for expected, weight in zip(*weights, strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=1e-4, atol=1e-5)
+    (block,) = [layer for layer in model.get_config()["layers"] if layer["name"] == "block_1"]
+    assert block["inbound_nodes"][0]["kwargs"]["queries"] == 1 + distillation_token
+
+
+@pytest.mark.parametrize("pooling", ["mean", "gap", "token+gap", "map"])
+def test_skip_unread_tokens_leaves_other_poolings_alone(pooling):
+    model = build_vit(CONFIG, image_size=8, pooling=pooling)
+    assert keras_vit.skip_unread_tokens(model) is model
+
+
+def test_skip_unread_tokens_error():
+    inputs = keras.Input((8, 8, 3))
+    with pytest.raises(ValueError, match=r"must be one that `keras_vit.build_vit` made"):
+        keras_vit.skip_unread_tokens(keras.Model(inputs, keras.layers.Flatten()(inputs)))
 
 
 def dropouts(layer, prefix=""):
