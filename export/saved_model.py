@@ -3,30 +3,51 @@
 import pathlib
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from keras_vit.config import check_positive_int
+from keras_vit.data.pipeline import resize
 from keras_vit.files import check_new, replacing
+from keras_vit.layers import PatchEncoder
 
+from .decoding import decode_image
 from .precision import as_float32
 from .report import ExportReport, TensorInfo
 
 
-def export_saved_model(model, path, *, labels=None, overwrite=False):
+def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
     """Exports a Keras classifier as a SavedModel folder.
 
-    Its signature `serving_default` takes float32 `images` (B, height, width, channels) with any
-    batch size and gives a dictionary with float32 `logits` (B, classes), whatever the dtype
-    policy of the model:
+    Its signatures take any batch size B and compute in float32, whatever the dtype policy of the
+    model:
+
+    - `serving_default`: float32 `images` (B, height, width, channels) -> float32 `logits`
+      (B, classes).
+    - `serve_bytes`: string `encoded` (B,), JPEG or PNG data of any sizes -> the k most likely
+      classes, the most likely first: float32 `probabilities` (B, k), string `classes` (B, k) and
+      int32 `indices` (B, k). The images are decoded (see `decode_image`) and resized as in
+      evaluation, and the probabilities are the softmax of the logits: those of `keras-vit
+      predict`. Data that are no such image raise `tf.errors.InvalidArgumentError`.
+    - `features`: float32 `images` (B, height, width, channels) -> float32 `features` (B, D), what
+      the head takes: what `build_vit(num_classes=0)` gives, or the input of the last `Dense` of
+      any other model.
 
     ```python
-    serve = tf.saved_model.load(path).signatures["serving_default"]
-    logits = serve(images=images)["logits"]
+    serve = tf.saved_model.load(path).signatures["serve_bytes"]
+    best = serve(encoded=tf.constant([jpeg]))
+    name, probability = best["classes"][0, 0], best["probabilities"][0, 0]
     ```
+
+    Left out is `serve_bytes` of a model without a head, and of one that does not normalise RGB
+    pixels in [0, 255] itself, by a `Rescaling` as `build_vit(normalization=...)` makes: what its
+    images are is not known. Left out is `features` where there is no such layer.
 
     Args:
         model: functional `keras.Model`, images (B, H, W, C) -> logits (B, classes).
         path: folder to write.
-        labels: optional sequence of class names, recorded in the report.
+        labels: optional sequence of class names; without them `classes` are the indices.
+        top: how many classes `serve_bytes` names, at least 1; all of them if there are fewer.
         overwrite: whether an existing SavedModel may be replaced.
 
     Returns:
@@ -35,14 +56,15 @@ def export_saved_model(model, path, *, labels=None, overwrite=False):
     Raises:
         TypeError: if `model` is not a `keras.Model`, or `labels` are not strings.
         ValueError: if `path` exists, the model has several inputs or outputs or sizes that are
-            not static, or the number of `labels` is not the number of classes.
+            not static, the number of `labels` is not the number of classes, or `top` is below 1.
     """
     check_model(model)
     labels = check_labels(labels, model)
+    check_positive_int("top", top)
     path = pathlib.Path(path)
     check_target(path, overwrite, _is_saved_model, "a SavedModel folder")
     with replacing(path) as folder:
-        write_saved_model(as_float32(model), folder)
+        write_endpoints(folder, _endpoints(as_float32(model), labels, top))
     return ExportReport.create(
         path,
         mode="saved_model",
@@ -57,25 +79,121 @@ def _is_saved_model(path):
     return (path / "saved_model.pb").is_file()
 
 
-def write_saved_model(model, path, batch_size=None):
-    """Writes a SavedModel with the signature `serving_default`: images -> {logits}.
+def write_endpoints(path, endpoints):
+    """Writes a SavedModel of signatures: name -> (function of one tensor, its `TensorSpec`)."""
+    # Not `track(model)`: an endpoint brings its variables along, and tracking stores them twice.
+    archive = keras.export.ExportArchive()
+    for name, (serve, spec) in endpoints.items():
+        archive.add_endpoint(name, serve, input_signature=[spec])
+    archive.write_out(path, verbose=False)
 
-    Args:
-        model: float32 functional `keras.Model`.
-        path: folder to write; must not exist.
-        batch_size: static batch size, or None for any.
-    """
 
+def _endpoints(model, labels, top):
+    """The signatures that a float32 model can answer, as `write_endpoints` takes them."""
+    endpoints = {"serving_default": _logits_endpoint(model)}
+    if takes_pixels(model) and not _is_headless(model):
+        endpoints["serve_bytes"] = _bytes_endpoint(model, labels, top)
+    extractor = _feature_extractor(model)
+    if extractor is not None:
+        endpoints["features"] = _features_endpoint(extractor)
+    return endpoints
+
+
+def _logits_endpoint(model):
     def serve(images):
         return {"logits": tf.cast(model(images, training=False), tf.float32)}
 
-    shape = (batch_size, *model.inputs[0].shape[1:])
-    # Not `track(model)`: the endpoint brings its variables along, and tracking stores them twice.
-    archive = keras.export.ExportArchive()
-    archive.add_endpoint(
-        "serving_default", serve, input_signature=[tf.TensorSpec(shape, tf.float32, "images")]
+    return serve, _images_spec(model)
+
+
+def _bytes_endpoint(model, labels, top):
+    image_size = tuple(model.inputs[0].shape[1:3])
+    classes = model.outputs[0].shape[-1]
+    names = [str(index) for index in range(classes)] if labels is None else list(labels)
+
+    def read(data):
+        return resize(decode_image(data), image_size)
+
+    def serve(encoded):
+        pixels = tf.TensorSpec((*image_size, 3), tf.uint8)
+        with tf.device("CPU:0"):  # a GPU would get each byte that is looked at on its own
+            images = tf.map_fn(read, encoded, fn_output_signature=pixels)
+        logits = tf.cast(model(tf.cast(images, tf.float32), training=False), tf.float32)
+        probabilities, indices = tf.math.top_k(tf.nn.softmax(logits), k=min(top, classes))
+        return {
+            "probabilities": probabilities,
+            "classes": tf.gather(tf.constant(names), indices),
+            "indices": indices,
+        }
+
+    return serve, tf.TensorSpec((None,), tf.string, "encoded")
+
+
+def _features_endpoint(extractor):
+    def serve(images):
+        return {"features": tf.cast(extractor(images, training=False), tf.float32)}
+
+    return serve, _images_spec(extractor)
+
+
+def _images_spec(model):
+    return tf.TensorSpec((None, *model.inputs[0].shape[1:]), tf.float32, "images")
+
+
+def takes_pixels(model):
+    """Whether a model takes RGB images in [0, 255], which it normalises itself."""
+    return model.inputs[0].shape[-1] == 3 and any(map(_is_normalization, model.layers))
+
+
+def _is_normalization(layer):
+    """Whether a layer, or one of a model used as a layer, scales [0, 255] down.
+
+    The scale is 1 / (255 std), and it would be 1 / std, at least 1, for pixels in [0, 1].
+    """
+    if isinstance(layer, keras.Model):
+        return any(map(_is_normalization, layer.layers))
+    return isinstance(layer, keras.layers.Rescaling) and bool(np.all(np.less(layer.scale, 1)))
+
+
+def _heads(model):
+    """The dense layers that give the classes: two of a model with a distillation token."""
+    dense = [
+        layer
+        for layer in model.layers
+        if isinstance(layer, keras.layers.Dense) and layer.name != "pre_logits"
+    ]
+    named = [layer for layer in dense if layer.name in ("head", "head_distillation")]
+    return named or dense[-1:]
+
+
+def _is_headless(model):
+    """Whether this is a `build_vit` model whose output is its features."""
+    return not _heads(model) and any(isinstance(layer, PatchEncoder) for layer in model.layers)
+
+
+def _feature_extractor(model):
+    """The part of a model that gives its features (B, D), on the same weights, or None.
+
+    They are what the head takes, the mean of both where there are two heads.
+    """
+    if _is_headless(model):
+        return model
+    heads, features = _heads(model), []
+
+    def call(layer, *args, **kwargs):
+        if layer in heads:
+            features.append(args[0])
+        return layer(*args, **kwargs)
+
+    # Wired anew, because a layer's own `input` may belong to another model that shares it.
+    functional = keras.Model(model.inputs[0], model.outputs[0])
+    copy = keras.models.clone_model(
+        functional, clone_function=lambda layer: layer, call_function=call
     )
-    archive.write_out(path, verbose=False)
+    if not features or any(len(tensor.shape) != 2 for tensor in features):
+        return None
+    outputs = features[0] if len(features) == 1 else keras.layers.average(features)
+    return keras.Model(copy.inputs[0], outputs)
 
 
 def check_model(model):
