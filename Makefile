@@ -18,11 +18,11 @@ test: lint test-tensorflow test-jax
 
 .PHONY: test-tensorflow
 test-tensorflow: $(READY)
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The core alone: training and export are TensorFlow's.
 test-jax: $(READY)
-	KERAS_BACKEND=jax $(BIN)/python -m pytest tests/core
+	KERAS_BACKEND=jax $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/core
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,15 +7,17 @@ removal. So this is the only module that touches it, and `keras_vit.export.tflit
 import argparse
 import pathlib
 
+import numpy as np
 import tensorflow as tf
 
 
-def convert(saved_model, mode):
+def convert(saved_model, mode, images=None):
     """Converts the `serving_default` signature of a SavedModel with static shapes.
 
     Args:
         saved_model: folder of the SavedModel.
         mode: one of `keras_vit.export.MODES`.
+        images: calibration images (N, H, W, C) for the modes that need some, or None.
 
     Returns:
         The bytes of a `.tflite` file that uses builtin operations only.
@@ -30,23 +32,11 @@ def convert(saved_model, mode):
         # Written into the file as `reduced_precision_support`: ARMv8.2 then computes in float16.
         converter.target_spec._experimental_supported_accumulation_type = tf.float16
     content = converter.convert()
-    return quantize(content) if mode == "dynamic_int8" else content
+    if mode in ("fp32", "fp16"):
+        return content
+    from .quantization import quantize
 
-
-def quantize(content):
-    """Gives a float32 `.tflite` file int8 weights, one scale per output channel.
-
-    The activations stay float32 in the file; the runtime quantizes them per token as it runs.
-
-    Args:
-        content: bytes of the float32 file.
-
-    Returns:
-        The bytes of the quantized file.
-    """
-    from litert_quantizer import quantizer, recipe
-
-    return quantizer.Quantizer(content, recipe.dynamic_wi8_afp32()).quantize().quantized_model
+    return quantize(content, mode, images)
 
 
 def main():
@@ -55,8 +45,10 @@ def main():
     parser.add_argument("saved_model", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path)
     parser.add_argument("--mode", required=True)
+    parser.add_argument("--images", type=pathlib.Path, help="a .npy file to calibrate with")
     args = parser.parse_args()
-    args.output.write_bytes(convert(args.saved_model, args.mode))
+    images = None if args.images is None else np.load(args.images)
+    args.output.write_bytes(convert(args.saved_model, args.mode, images))
 
 
 if __name__ == "__main__":

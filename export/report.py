@@ -34,6 +34,7 @@ class ExportReport:
         input, output: `TensorInfo` of the signature `serving_default`.
         ops: operation name -> count, sorted by name; empty for a SavedModel.
         labels: class names, or None.
+        note: what is not as it could be, or None.
         command: the command line that exported.
         versions: package -> version.
     """
@@ -45,13 +46,15 @@ class ExportReport:
     output: TensorInfo
     ops: dict
     labels: tuple | None
+    note: str | None
     command: str
     versions: dict
 
     @classmethod
-    def create(cls, path, **fields):
+    def create(cls, path, *, note=None, **fields):
         """Returns a report on `path` with its size, the command line and versions filled in."""
         return cls(
+            note=note,
             path=str(path),
             size_bytes=size_bytes(path),
             command=shlex.join(sys.argv),
@@ -74,6 +77,7 @@ class ExportReport:
         return (
             f"{self.path}: {self.mode}, {self.size_bytes / 1e6:.2f} MB, {batch} of {sizes} -> "
             f"{self.output.shape[-1]} {self.output.name}{operations}"
+            + (f"\n  {self.note}" if self.note else "")
         )
 
 

@@ -2,27 +2,24 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import statistics
-import time
 import types
 
 import keras
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from keras_vit.versions import versions
 
+from .benchmark import interleaved, progress_bar
 from .precision import as_float32
 from .report import plain, size_bytes, write_new_text
-
-_WARM_UP_CALLS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +42,7 @@ LIMITS = types.MappingProxyType(
         "fp32": Limit(agreement=0.99, error=1e-4),
         "fp16": Limit(agreement=0.99),
         "dynamic_int8": Limit(agreement=0.98),
+        "int8_mixed": Limit(agreement=0.95),
     }
 )
 
@@ -57,8 +55,8 @@ class Comparison:
         name: name of the file, or "keras" for the model itself.
         path: the file; None for the model.
         size_bytes: size of the file or folder.
-        max_error, mean_error: absolute differences of the logits; infinite where a logit is not
-            finite.
+        max_error, mean_error: absolute differences of the logits, or of the probabilities for a
+            file that gives these; infinite where one is not finite.
         agreement: share of the images with the same top-1 class as the model.
         accuracy: share of the images whose top-1 class is the label.
         latency_ms_min, latency_ms_median: of one image.
@@ -180,7 +178,8 @@ def verify(
         model: the `keras.Model`, or the path of a file, that the others are compared with. A
             model of another dtype policy computes in float32 here, as its files do.
         files: mapping of names to paths. A path is a SavedModel folder or a `.tflite` file with
-            one float32 input (1, H, W, C) and one float32 output (1, classes). A name that
+            one float32 input (1, H, W, C) and one float32 output (1, classes); if it is named
+            `probabilities`, it is compared with the softmax of the model's logits. A name that
             `limits` has must keep to that limit; for any other name it is enough that all
             outputs are finite.
         images: float or uint8 array (N, H, W, C), as the model takes them.
@@ -202,18 +201,19 @@ def verify(
     paths = {name: _check_path(path) for name, path in dict(files).items()}
     if not paths:
         raise ValueError(f"`files` must map names to paths. Received: files={files!r}.")
-    with _progress() as progress, _full_float32():
+    with progress_bar() as progress, _full_float32():
         task = progress.add_task("Verifying", total=len(images) * (len(paths) + 1) + rounds)
 
-        def logits(source):
+        def outputs(source):
             run = _runner(source, images.shape[1:], os.cpu_count())
             return _run_all(run, images, batch_size, lambda n: progress.advance(task, n))
 
-        expected = logits(model)
+        expected = outputs(model)
         labels = _check_labels(labels, expected)
         rows = [_reference_row(model, expected, labels)]
         for name, path in paths.items():
-            rows.append(_compare(name, path, logits(path), expected, labels, limits.get(name)))
+            pair = _alike(path, outputs(path), model, expected)
+            rows.append(_compare(name, path, *pair, labels, limits.get(name)))
         timings = _latencies(paths, images[:1], rounds, seconds, lambda: progress.advance(task))
     rows = [dataclasses.replace(row, **timings.get(row.name, {})) for row in rows]
     return Verification(rows=tuple(rows), images=len(images), versions=versions())
@@ -231,12 +231,6 @@ def _full_float32():
         yield
     finally:
         settings.enable_tensor_float_32_execution(before)
-
-
-def _progress():
-    """A progress bar on stderr, shown only if that is a terminal."""
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _check_images(images):
@@ -347,6 +341,29 @@ def _run_all(run, images, batch_size, advance):
     return np.concatenate(logits)
 
 
+def _alike(path, outputs, model, expected):
+    """The outputs of a file and of the model, both as probabilities if one of them gives these."""
+    of_file, of_model = _gives_probabilities(path), _gives_probabilities(model)
+    if of_file and not of_model:
+        expected = _softmax(expected)
+    elif of_model and not of_file:
+        outputs = _softmax(outputs)
+    return outputs, expected
+
+
+def _gives_probabilities(source):
+    """Whether it is a `.tflite` file that was exported with a softmax behind the logits."""
+    if isinstance(source, keras.Model) or pathlib.Path(source).suffix != ".tflite":
+        return False
+    signatures = Interpreter(model_path=str(source)).get_signature_list()
+    return any(signature["outputs"] == ["probabilities"] for signature in signatures.values())
+
+
+def _softmax(logits):
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
 def _reference_row(model, logits, labels):
     """The model's own row: a model that gives NaN cannot vouch for any file."""
     is_model = isinstance(model, keras.Model)
@@ -413,20 +430,11 @@ def _latencies(paths, image, rounds, seconds, advance):
     if rounds < 1:
         return {}
     image = image.astype("float32")
-    runs = {name: _runner(path, image.shape[1:], threads=1) for name, path in paths.items()}
-    for run in runs.values():
-        for _ in range(_WARM_UP_CALLS):
-            run(image)
-    times = {name: [] for name in runs}
-    deadline = time.perf_counter() + seconds
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(image)
-            times[name].append(1e3 * (time.perf_counter() - start))
-        advance()
-        if time.perf_counter() > deadline:
-            break
+    runs = {
+        name: functools.partial(_runner(path, image.shape[1:], threads=1), image)
+        for name, path in paths.items()
+    }
+    times = interleaved(runs, rounds, seconds, advance)
     return {
         name: {"latency_ms_min": min(ms), "latency_ms_median": statistics.median(ms)}
         for name, ms in times.items()

@@ -407,6 +407,16 @@ def probe(
 def export(
     run: RunArgument,
     out: Annotated[pathlib.Path | None, typer.Option(help="Folder (default: RUN/export).")] = None,
+    modes: Annotated[
+        list[str] | None,
+        typer.Option("--mode", help="May be given several times (default: all modes)."),
+    ] = None,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="TFLite files that give logits, not probabilities.")
+    ] = False,
+    calibration_images: Annotated[
+        int, typer.Option(help="Training images to calibrate int8 with.", min=1)
+    ] = 64,
     images: Annotated[int, typer.Option(help="Held-out images to verify with.", min=1)] = 1000,
     min_agreement: Annotated[
         float | None,
@@ -422,17 +432,19 @@ def export(
     """
     start_tensorflow()
     from keras_vit.data.pipeline import first_images
-    from keras_vit.export import LIMITS, verify
+    from keras_vit.export import LIMITS, MODES, verify
     from keras_vit.files import replacing, write_text
     from keras_vit.training import load_run
 
+    if unknown := set(modes or ()) - set(MODES):
+        raise ValueError(f"`--mode` must be one of {', '.join(MODES)}. Received: {min(unknown)}.")
     run = load_run(run)
     out = out or run.folder / "export"
     check_export_folder(out, overwrite)
     model = run.model()
-    held_out, labels = first_images(
-        run.data(data, skip_unreadable).test, model.input_shape[1:3], images
-    )
+    data = run.data(data, skip_unreadable)
+    held_out, labels = first_images(data.test, model.input_shape[1:3], images)
+    calibration, _ = first_images(data.train, model.input_shape[1:3], calibration_images)
     limits = dict(LIMITS)
     if min_agreement is not None:
         limits = {
@@ -440,7 +452,14 @@ def export(
             for name, limit in limits.items()
         }
     with replacing(out) as folder:
-        files = export_files(run, model, folder)
+        files = export_files(
+            run,
+            model,
+            folder,
+            modes or MODES,
+            calibration=calibration,
+            activation=None if logits else "softmax",
+        )
         result = verify(model, files, held_out, labels, limits=limits).relative_to(folder)
         Console().print(result.table())
         result.check()
@@ -448,6 +467,47 @@ def export(
         result.to_markdown(folder / "report.md")
         write_text(folder / "labels.txt", "\n".join(run.class_names) + "\n")
     print(f"-> {out}")
+
+
+@app.command()
+def benchmark(
+    files: Annotated[list[pathlib.Path], typer.Argument(metavar="FILE...")],
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="May be given several times (default: 1 and all cores)."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often each file runs.", min=1)] = 30,
+    seconds: Annotated[float, typer.Option(help="Limit of each number of threads.")] = 20.0,
+    json_file: Annotated[
+        pathlib.Path | None, typer.Option("--json", metavar="PATH", help="Write JSON.")
+    ] = None,
+    markdown: Annotated[
+        pathlib.Path | None, typer.Option(metavar="PATH", help="Write a Markdown table.")
+    ] = None,
+    plot: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="PATH", help="Draw latency against size, and accuracy if known."),
+    ] = None,
+    overwrite: OverwriteOption = False,
+):
+    """Compare any TFLite files side by side: size, operations and latency, in turns.
+
+    An accuracy is known if the report that `export` wrote lies beside the file.
+    """
+    start_tensorflow()
+    from keras_vit.export.benchmark import benchmark
+    from keras_vit.files import check_new
+
+    for path in filter(None, (json_file, markdown, plot)):
+        check_new(path, overwrite, how="pass --overwrite")
+    result = benchmark(files, threads=threads or None, rounds=rounds, seconds=seconds)
+    Console().print(result.table())
+    if json_file:
+        result.to_json(json_file, overwrite=overwrite)
+    if markdown:
+        result.to_markdown(markdown, overwrite=overwrite)
+    if plot:
+        result.plot(plot, overwrite=overwrite)
 
 
 def check_export_folder(out, overwrite):
@@ -459,19 +519,19 @@ def check_export_folder(out, overwrite):
     check_new(out, overwrite)
 
 
-def export_files(run, model, folder):
+def export_files(run, model, folder, modes, **options):
     """Exports a run's model in every form; returns their paths by name."""
-    from keras_vit.export import MODES, export_saved_model, export_tflite
+    from keras_vit.export import export_saved_model, export_tflite
 
     files = {"saved_model": folder / "saved_model"}
-    files |= {mode: folder / f"{run.model_name}_{mode}.tflite" for mode in MODES}
+    files |= {mode: folder / f"{run.model_name}_{mode}.tflite" for mode in modes}
     console = Console(stderr=True)
     for name, path in files.items():
         with console.status(f"exporting {name}"):
             if name == "saved_model":
                 export_saved_model(model, path, labels=run.class_names)
             else:
-                export_tflite(model, path, mode=name, labels=run.class_names)
+                export_tflite(model, path, mode=name, labels=run.class_names, **options)
     return files
 
 

@@ -1,0 +1,147 @@
+"""What of a Keras model becomes the deploy graph: all of it, a ViT within it, or nothing."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_vit.layers import TransformerBlock
+from keras_vit.model import vit_arguments
+
+from .folding import DeployModel, fold
+from .graph import forward
+
+_BACKBONE = {"normalization", "stem", "patches", "patch_encoder", "encoder_norm", "pooled_norm"}
+_BACKBONE |= {"pooling", "distillation_pooling"}
+_HEAD = {"pre_logits", "head", "head_distillation", "average"}
+_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deployment:
+    """A model as the function that is converted: `before`, the deploy graph, `after`.
+
+    Attributes:
+        model: the Keras model, float32.
+        vit: the folded ViT, or None if the model is converted as it is.
+        before: what stands before the ViT, a Keras model or None.
+        after: what stands after it, a Keras model or None.
+        note: why the model is converted as it is, or None.
+    """
+
+    model: keras.Model
+    vit: DeployModel | None = None
+    before: keras.Model | None = None
+    after: keras.Model | None = None
+    note: str | None = None
+
+    def __call__(self, images):
+        """The outputs `(1, classes)` for one image `(1, H, W, C)`."""
+        if self.vit is None:
+            return self.model(images, training=False)
+        x = forward(self.vit, self.vit_inputs(images))
+        return x if self.after is None else self.after(x, training=False)
+
+    def vit_inputs(self, images):
+        """Images as the ViT takes them."""
+        return images if self.before is None else self.before(images, training=False)
+
+
+def deploy(model):
+    """Folds a Keras model for a phone.
+
+    Args:
+        model: functional `keras.Model` in float32, images (B, H, W, C) -> (B, classes).
+
+    Returns:
+        A `Deployment`. A model of `build_vit`, whatever its head, and a model that has one as a
+        layer get the deploy graph. Of any other, and where the graph does not give the model's
+        outputs, the note says what is lost.
+    """
+    deployment = _flat(model) if _is_vit(model) else _nested(model)
+    if deployment is None:
+        return Deployment(
+            model,
+            note="no model of build_vit was found in it: its layers are converted as they are, "
+            "which may make the file slower, and split it among delegates",
+        )
+    error = _error(deployment)
+    if error <= _TOLERANCE:
+        return deployment
+    return Deployment(
+        model,
+        note=f"the deploy graph differs from the model by {error:.1e} of the largest output: the "
+        "model's layers are converted as they are, which may make the file slower",
+    )
+
+
+def _is_vit(model):
+    try:
+        vit_arguments(model)
+    except (ValueError, AttributeError, KeyError):  # other layers of the same names
+        return False
+    return True
+
+
+def _own_layers(model):
+    """The names of the layers that `build_vit` made, without those of the head."""
+    blocks = {layer.name for layer in model.layers if isinstance(layer, TransformerBlock)}
+    inputs = {layer.name for layer in model.layers if isinstance(layer, keras.layers.InputLayer)}
+    return _BACKBONE | blocks | inputs
+
+
+def _flat(model):
+    """Of a model of `build_vit`, or one made from its outputs; None if it is something else."""
+    own = _own_layers(model)
+    others = [layer.name for layer in model.layers if layer.name not in own]
+    if set(others) <= _HEAD:
+        return Deployment(model, fold(model))
+    layers = {layer.name: layer for layer in model.layers}
+    names = ("pooled_norm", "pooling")
+    features = layers[
+        "average"
+        if "distillation_pooling" in layers
+        else next(name for name in names if name in layers)
+    ]
+    try:
+        after = keras.Model(features.output, model.output)
+    except ValueError:  # something else of the backbone is read
+        return None
+    return Deployment(model, fold(model, head=False), after=after)
+
+
+def _nested(model):
+    """Of a model that has one of `build_vit` among its layers, or None."""
+    vits = [layer for layer in model.layers if isinstance(layer, keras.Model) and _is_vit(layer)]
+    if len(vits) != 1 or {layer.name for layer in vits[0].layers} - _own_layers(vits[0]) - _HEAD:
+        return None
+    ends = {}
+
+    def call(layer, *args, **kwargs):
+        y = layer(*args, **kwargs)
+        if layer is vits[0]:
+            ends["in"], ends["out"] = args[0], y
+        return y
+
+    clone = keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
+    try:
+        return Deployment(
+            model,
+            fold(vits[0]),
+            before=None if ends["in"] is clone.input else keras.Model(clone.input, ends["in"]),
+            after=None if ends["out"] is clone.output else keras.Model(ends["out"], clone.output),
+        )
+    except ValueError:  # something is read around the ViT
+        return None
+
+
+def _error(deployment):
+    """The largest difference from the Keras model on an image of noise, over the largest output."""
+    shape = deployment.model.inputs[0].shape[1:]
+    image = np.random.default_rng(0).uniform(0, 255, (1, *shape)).astype("float32")
+    expected = np.asarray(deployment.model(image, training=False))
+    result = np.asarray(tf.function(deployment, autograph=False)(tf.constant(image)))
+    if result.shape != expected.shape:
+        return np.inf
+    return float(np.abs(result - expected).max() / max(np.abs(expected).max(), 1e-6))

@@ -1,0 +1,387 @@
+"""The deploy graph against the Keras model, before and after every exact change of its weights."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
+
+import keras_vit
+from keras_vit import export
+from keras_vit.export.benchmark import describe_graph
+from keras_vit.export.deployment import deploy
+from keras_vit.export.equalization import equalize, fit_float16, output_ranges, rescale
+from keras_vit.export.folding import fold
+from keras_vit.export.graph import forward
+from keras_vit.export.quantization import tensor_ranges
+from keras_vit.layers import POOLINGS
+
+SIZE = (24, 40)
+CLASSES = 7
+CONFIG = keras_vit.ViTConfig(hidden_dim=48, depth=3, num_heads=3, mlp_dim=80, patch_size=8)
+HYBRID = dataclasses.replace(CONFIG, patch_size=1, stem_units=(1, 1), stem_width=32)
+WIDE_HEADS = dataclasses.replace(CONFIG, head_dim=20)
+# The names of `build_vit`'s options in the tests' names.
+OPTIONS = {
+    **{pooling: {"pooling": pooling} for pooling in POOLINGS},
+    **{f"{p}, norm after": {"pooling": p, "norm_after_pooling": True} for p in POOLINGS},
+    "distillation": {"distillation_token": True},
+    "distillation, norm after": {"distillation_token": True, "norm_after_pooling": True},
+    "registers": {"num_registers": 3},
+    "registers, gap": {"num_registers": 2, "pooling": "gap", "class_token": False},
+    "sincos2d": {"position": "sincos2d"},
+    "patch_norm": {"patch_norm": True},
+    "qk_norm": {"qk_norm": True, "layer_scale": 0.3, "gelu": "tanh"},
+    "representation": {"representation_size": 11},
+    "no bias": {"qkv_bias": False, "normalization": None},
+    "hybrid": {"variant": HYBRID},
+    "wide heads": {"variant": WIDE_HEADS},
+}
+
+
+def build(num_classes=CLASSES, variant=CONFIG, **options):
+    """A small model, none of whose weights is 0 or 1."""
+    options = {"normalization": "imagenet", **options}
+    model = keras_vit.build_vit(variant, image_size=SIZE, num_classes=num_classes, **options)
+    return randomise(model)
+
+
+def randomise(model, seed=0):
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        weight.assign(rng.normal(0.02, 0.2, weight.shape) + (weight.name == "gamma"))
+    return model
+
+
+def random_images(count, seed=1):
+    return np.random.default_rng(seed).uniform(0, 255, (count, *SIZE, 3)).astype("float32")
+
+
+def outputs_of(vit, images):
+    run = tf.function(lambda image: forward(vit, image), autograph=False)
+    return np.concatenate([run(tf.constant(image[None])) for image in images])
+
+
+def assert_alike(result, expected, tolerance=1e-5):
+    assert result.shape == expected.shape
+    np.testing.assert_allclose(result, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+# Folding
+
+
+@pytest.mark.parametrize("num_classes", [CLASSES, 0])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_deploy_graph_equals_keras(name, num_classes):
+    if name == "hybrid" and num_classes == 0:
+        pytest.skip("the stem has nothing to do with the head")
+    model = build(num_classes, **OPTIONS[name])
+    images = random_images(2)
+    expected = model.predict(images, verbose=0)
+    vit = fold(model)
+    assert_alike(outputs_of(vit, images), expected)
+    assert vit.centered == (name not in ("patch_norm", "map, norm after", "token+gap, norm after"))
+    for change in (equalize, fit_float16):
+        assert_alike(outputs_of(change(vit, images), images), expected, 3e-5)
+    if vit.centered:
+        c = np.random.default_rng(2).uniform(0.2, 5, 48)
+        rescaled = rescale(vit, c)
+        np.testing.assert_allclose(rescaled.positions * c, vit.positions)
+        assert_alike(outputs_of(rescaled, images), expected, 3e-5)
+
+
+def test_tokens_of_the_stream_have_no_mean():
+    vit = fold(build())
+    for kernel in (vit.patches.kernel, vit.blocks[1].proj.kernel, vit.blocks[2].fc2.kernel):
+        np.testing.assert_allclose(kernel.mean(axis=1), 0, atol=1e-14)
+    for tokens in (vit.positions, vit.prefix, vit.blocks[0].fc2.bias):
+        np.testing.assert_allclose(tokens.mean(axis=-1), 0, atol=1e-14)
+
+
+@pytest.mark.parametrize("distillation_token", [False, True])
+def test_the_last_block_computes_what_is_read(distillation_token):
+    shapes = {}
+    vit = fold(build(distillation_token=distillation_token))
+    forward(vit, random_images(1), lambda name, y: shapes.update({name: y.shape.as_list()}))
+    tokens = 16 + distillation_token
+    assert shapes["block_1/fc1"] == [1, tokens, 80]
+    assert shapes["block_2/kv"] == [1, tokens, 96]
+    for name, width in (("q", 48), ("proj", 48), ("fc1", 80), ("fc2", 48)):
+        assert shapes[f"block_2/{name}"] == [1, 1 + distillation_token, width]
+
+
+# Equalizing
+
+
+def test_output_ranges_are_those_of_every_token_and_image():
+    model, images = build(pooling="gap"), random_images(3)
+    block = model.get_layer("block_1")
+    before = keras.Model(model.input, model.get_layer("block_0").output)
+    y = np.array(block.attention.qkv(block.norm1(before(images)))).reshape(-1, 144)
+    y[:, :48] /= 4  # the root of the head's width, folded into the queries
+    measured = output_ranges(fold(model), images)["block_1/qkv"]
+    np.testing.assert_allclose(measured.low, y.min(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(measured.high, y.max(axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_equalize_makes_the_channels_alike():
+    model, images = build(), random_images(4)
+    # Two channels that tower above the others, as in trained models, and keys far from 0.
+    for name in ("block_0", "block_1", "block_2"):
+        block = model.get_layer(name)
+        for dense in (block.attention.proj, block.feed_forward.fc2):
+            dense.kernel.assign(dense.kernel * np.where(np.isin(np.arange(48), (5, 31)), 40, 1))
+        bias = block.attention.qkv.bias
+        bias.assign(bias + np.repeat([0.0, 30.0, 7.0], 48))
+    vit = fold(model)
+    before = output_ranges(vit, images)
+    equal = equalize(vit, images)
+    after = output_ranges(equal, images)
+    assert_alike(outputs_of(equal, images), model.predict(images, verbose=0), 1e-4)
+    for i in range(3):
+        q, k, v = np.split(after[f"block_{i}/qkv"].size, 3)
+        np.testing.assert_allclose(q, k, rtol=1e-3)
+        np.testing.assert_allclose(v, max(q.max(), k.max()), rtol=1e-3)
+        np.testing.assert_allclose(after[f"block_{i}/qkv"].middle[48:] / v.max(), 0, atol=1e-3)
+        for name in ("proj", "fc2"):
+            spread = [
+                ranges[f"block_{i}/{name}"].size.max() / np.median(ranges[f"block_{i}/{name}"].size)
+                for ranges in (before, after)
+            ]
+            assert spread[0] > 15
+            assert spread[1] < 4
+
+
+def test_fit_float16_bounds_the_stream():
+    model, images = build(), random_images(2)
+    kernel = model.get_layer("block_1").feed_forward.fc2.kernel
+    kernel.assign(kernel * 1000)
+    vit = fold(model)
+    assert fit_float16(fold(build()), images).stream is None
+    fitted = fit_float16(vit, images)
+    factor = fitted.stream[0]
+    assert np.all(fitted.stream == factor)
+    assert factor == 2 ** round(np.log2(factor))
+    largest = max(r.size.max() for n, r in output_ranges(fitted, images).items() if "fc2" in n)
+    assert 10 < largest < 64
+    assert_alike(outputs_of(fitted, images), model.predict(images, verbose=0), 3e-5)
+
+
+# Models that are not those of build_vit alone
+
+
+def with_own_head(images, features):
+    x = keras.layers.Dropout(0.3)(features)
+    return keras.Model(images, keras.layers.Dense(5, activation="softmax")(x))
+
+
+def nested():
+    images = keras.Input((*SIZE, 3))
+    return with_own_head(images, build(0)(images))
+
+
+def continued():
+    backbone = build(0, pooling="token+gap")
+    return with_own_head(backbone.input, backbone.output)
+
+
+def preprocessed():
+    images = keras.Input((*SIZE, 3))
+    x = build(normalization=None)(keras.layers.Rescaling(1 / 127.5, offset=-1.0)(images))
+    return keras.Model(images, x)
+
+
+@pytest.mark.parametrize("make", [nested, continued, preprocessed])
+def test_models_around_a_vit_get_the_deploy_graph(make, tmp_path):
+    model = randomise(make(), seed=4)
+    deployment = deploy(model)
+    assert deployment.vit is not None
+    assert deployment.note is None
+    images = random_images(2)
+    path = tmp_path / "model.tflite"
+    report = export.export_tflite(model, path, mode="fp32")
+    run = Interpreter(str(path)).get_signature_runner()
+    result = np.concatenate([run(images=image[None])["logits"] for image in images])
+    assert_alike(result, model.predict(images, verbose=0))
+    assert report.note is None
+    assert describe_graph(path).partitions == 1
+
+
+def plain_model():
+    images = keras.Input((*SIZE, 3))
+    x = keras.layers.Conv2D(6, 3)(images)
+    return keras.Model(images, keras.layers.Dense(5)(keras.layers.GlobalAveragePooling2D()(x)))
+
+
+def read_tokens():
+    """Its head reads what the deploy graph does not compute."""
+    vit = build(0)
+    tokens = vit.get_layer("block_1").output
+    x = keras.ops.mean(tokens, axis=1) + vit.output
+    return keras.Model(vit.input, keras.layers.Dense(5)(x))
+
+
+def changed_pixels():
+    """A layer between the images and the patches, which the names do not show."""
+    vit = build(normalization=None)
+
+    def call(layer, *args, **kwargs):
+        x = layer(*args, **kwargs)
+        return keras.ops.sin(x) if layer.name == "patches" else x
+
+    return keras.models.clone_model(vit, clone_function=lambda layer: layer, call_function=call)
+
+
+@pytest.mark.parametrize(
+    ("make", "note"),
+    [
+        (plain_model, "no model of build_vit was found"),
+        (read_tokens, "no model of build_vit was found"),
+        (changed_pixels, "the deploy graph differs from the model by"),
+    ],
+)
+def test_other_models_are_converted_as_they_are(make, note, tmp_path):
+    model = make()
+    if make is not changed_pixels:
+        randomise(model)
+    path = tmp_path / "model.tflite"
+    report = export.export_tflite(model, path, mode="fp32")
+    assert note in report.note
+    assert report.note in str(report)
+    images = random_images(2)
+    run = Interpreter(str(path)).get_signature_runner()
+    result = np.concatenate([run(images=image[None])["logits"] for image in images])
+    assert_alike(result, model.predict(images, verbose=0))
+    with pytest.raises(ValueError, match="mode='int8_mixed' needs a model of build_vit"):
+        export.export_tflite(
+            model, tmp_path / "mixed.tflite", mode="int8_mixed", calibration=images
+        )
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A file of every mode, of a ViT and of a hybrid."""
+    folder = tmp_path_factory.mktemp("files")
+    files = {}
+    for name, options in (("vit", {}), ("hybrid", {"variant": HYBRID, "pooling": "gap"})):
+        model = build(**options)
+        for mode in export.MODES:
+            path = folder / f"{name}_{mode}.tflite"
+            export.export_tflite(model, path, mode=mode, calibration=random_images(4))
+            files[name, mode] = path
+    return files
+
+
+@pytest.mark.parametrize("mode", export.MODES)
+@pytest.mark.parametrize("name", ["vit", "hybrid"])
+def test_files_are_one_partition(files, name, mode):
+    graph = describe_graph(files[name, mode])
+    assert graph.partitions == 1
+    assert not graph.outside
+    assert not graph.custom_ops
+    assert graph.max_rank <= 4
+
+
+def operators(path):
+    """(operation, its first output's name, the tensors that go in) of every operation."""
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if name[0] != "_"}
+    graph = model.subgraphs[0]
+    for op in graph.operators:
+        code = model.operatorCodes[op.opcodeIndex]
+        inputs = [graph.tensors[i] for i in op.inputs if i >= 0]
+        name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
+        yield name, graph.tensors[op.outputs[0]], inputs
+
+
+def test_int8_mixed_multiplies_integers(files):
+    """Every product within a block; for XNNPACK, zero points are 0 where both are activations."""
+    products = [
+        (name, output.name.decode(), inputs)
+        for name, output, inputs in operators(files["vit", "int8_mixed"])
+        if name in ("BATCH_MATMUL", "FULLY_CONNECTED")
+    ]
+    attention = [inputs for name, _, inputs in products if name == "BATCH_MATMUL"]
+    assert len(attention) == 2 * CONFIG.depth
+    for tensor in (tensor for inputs in attention for tensor in inputs):
+        assert tensor.type == schema.TensorType.INT8
+        assert list(tensor.quantization.zeroPoint) == [0]
+    dense = {name: inputs for op, name, inputs in products if op == "FULLY_CONNECTED"}
+    types = {
+        name: tuple(tensor.type == schema.TensorType.INT8 for tensor in inputs[:2])
+        for name, inputs in dense.items()
+    }
+    blocks = {name: both for name, both in types.items() if "/" in name and "mean" not in name}
+    assert sum(both == (True, True) for both in blocks.values()) == 4 * CONFIG.depth + 1
+    assert [both for name, both in types.items() if "mean_square" in name] == (
+        [(False, False)] * (2 * CONFIG.depth + 1)
+    )
+
+
+def test_tensor_ranges_are_the_true_ones(files):
+    """Not a moving average: the largest value of all images, whatever their order."""
+    content = files["vit", "fp32"].read_bytes()
+    images = random_images(3)
+    images[1] *= 0.1
+    ranges = tensor_ranges(content, images)
+    assert ranges == tensor_ranges(content, images[::-1])
+    output = ranges[list(ranges)[-1]]
+    run = Interpreter(model_content=content).get_signature_runner()
+    logits = np.concatenate([run(images=image[None])["logits"] for image in images])
+    np.testing.assert_allclose(output["min"], [logits.min()], rtol=1e-4)
+    np.testing.assert_allclose(output["max"], [logits.max()], rtol=1e-4)
+    # Weights are no activations: their ranges would give all channels of a weight one scale.
+    model = schema.ModelT.InitFromPackedBuf(content)
+    constants = {
+        tensor.name.decode()
+        for tensor in model.subgraphs[0].tensors
+        if model.buffers[tensor.buffer].data is not None
+    }
+    assert len(constants) > 20
+    assert not constants & set(ranges)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda images: tf.data.Dataset.from_tensor_slices(images),
+        lambda images: tf.data.Dataset.from_tensor_slices(images).batch(3),
+        lambda images: images.astype("uint8").tolist(),
+    ],
+    ids=["images", "batches", "list"],
+)
+def test_calibration_images_come_in_any_form(make):
+    images = random_images(5).round()
+    read = export.tflite._calibration_images(make(images), "int8_mixed", (*SIZE, 3))
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, images)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "match"),
+    [
+        (None, "mode='int8_mixed' needs `calibration`: some 64 images"),
+        (np.zeros((0, 24, 40, 3)), r"`calibration` must be images.*shape=\(0, 24, 40, 3\)"),
+        (np.zeros((2, 40, 24, 3)), r"\(N, 24, 40, 3\), N >= 1.*shape=\(2, 40, 24, 3\)"),
+        (np.full((2, 24, 40, 3), np.nan), "`calibration` must be finite"),
+    ],
+)
+def test_calibration_errors(calibration, match, tmp_path):
+    path = tmp_path / "model.tflite"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match=match):
+        export.export_tflite(
+            build(), path, mode="int8_mixed", calibration=calibration, overwrite=True
+        )
+    assert path.read_bytes() == b"old"
+
+
+def test_unknown_activation(tmp_path):
+    with pytest.raises(ValueError, match=r"`activation` must be None or .*'relu'"):
+        export.export_tflite(build(), tmp_path / "model.tflite", activation="relu")
