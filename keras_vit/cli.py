@@ -117,7 +117,7 @@ def train(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, sgd or lamb.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
     layer_decay: Annotated[
         float | None, typer.Option(help="Rate of a layer over that of the next; 1: all the same.")

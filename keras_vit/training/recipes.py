@@ -347,7 +347,7 @@ RECIPES = types.MappingProxyType(
             purpose="images of up to 64 px, from scratch, with all augmentation",
             source="arXiv 2104.05704; SHI-Labs/Compact-Transformers configs/datasets/cifar10.yml",
             expect="CIFAR-10 91.4 % and CIFAR-100 69.8 % for ViT-Lite-7/4 with 200 epochs of less "
-            "augmentation (examples/README.md); with these settings published for CCT-7/3x1 "
+            "augmentation (examples/README.md there); with these settings published for CCT-7/3x1 "
             "alone: 96.5 % and 80.9 %. Not measured here",
         ),
         # The paper from scratch (arXiv 2010.11929, Table 3). It names no augmentation and no loss,
