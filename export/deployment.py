@@ -60,13 +60,16 @@ def deploy(model):
         outputs, the note says what is lost.
     """
     deployment = _flat(model) if _is_vit(model) else _nested(model)
-    if deployment is None:
+    try:
+        error = deployment and _error(deployment)
+    except KeyError:  # Keras 3.12 sees only now that `after` reads something else of the ViT
+        error = None
+    if error is None:
         return Deployment(
             model,
             note="no model of build_vit was found in it: its layers are converted as they are, "
             "which may make the file slower, and split it among delegates",
         )
-    error = _error(deployment)
     if error <= _TOLERANCE:
         return deployment
     return Deployment(
