@@ -34,9 +34,10 @@ def convert(saved_model, mode, images=None):
     content = converter.convert()
     if mode in ("fp32", "fp16"):
         return content
+    from .calibration import calibrate
     from .quantization import quantize
 
-    return quantize(content, mode, images)
+    return quantize(content, mode, None if images is None else calibrate(content, images))
 
 
 def main():

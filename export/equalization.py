@@ -40,8 +40,9 @@ def output_ranges(vit, images):
         images: array (N, H, W, C), as `vit` takes them.
 
     Returns:
-        Dictionary, name such as "block_3/fc1" -> `Range`. Of a last block that computes the class
-        token alone, "q" and "kv" stand together as "qkv", like those of the others.
+        Dictionary, name such as "block_3/fc1" -> `Range`, and that of "features". Of a last block
+        that computes the class token alone, "q" and "kv" stand together as "qkv", like those of
+        the others.
     """
 
     @tf.function(autograph=False)
@@ -68,7 +69,7 @@ def output_ranges(vit, images):
 
 
 def equalize(vit, images):
-    """Centres and equalises the attention, and rescales the residual stream.
+    """Centres and equalises the attention, and rescales the residual stream and the features.
 
     Args:
         vit: a `DeployModel`.
@@ -82,7 +83,8 @@ def equalize(vit, images):
     vit = equalize_attention(vit, ranges)
     sizes = [ranges[name].size for name in _writers(vit)]
     # The root mean square over the layers: nearer to the sizes of most of them than the largest.
-    return rescale(vit, np.sqrt(np.mean([(size / np.median(size)) ** 2 for size in sizes], axis=0)))
+    c = np.sqrt(np.mean([(size / np.median(size)) ** 2 for size in sizes], axis=0))
+    return smooth_features(rescale(vit, c), ranges["features"])
 
 
 def fit_float16(vit, images, limit=64.0):
@@ -200,4 +202,28 @@ def rescale(vit, c):
         prefix=vit.prefix / c,
         blocks=tuple(blocks),
         stream=c,
+        last_gamma=c,
     )
+
+
+def smooth_features(vit, features):
+    """Gives the channels of the features and of the weights that read them like sizes.
+
+    (x / s) (s W) = x W: a few channels of a trained ViT's last norm are many times as large as
+    the others.
+
+    Args:
+        vit: a `DeployModel`; it is returned as it is unless one norm and one dense layer follow
+            each other behind the last block.
+        features: their `Range`.
+
+    Source: SmoothQuant (arXiv 2211.10438), Eq. 4 with alpha = 0.5.
+    """
+    name = "pre_logits" if vit.pre_logits is not None else "head"
+    layer = getattr(vit, name)
+    if layer is None or vit.pooling not in ("token", "mean", "gap") or vit.num_tokens > 1:
+        return vit
+    s = np.sqrt(features.size / np.maximum(np.abs(layer.kernel).max(axis=1), 1e-6))
+    gamma = 1 if vit.last_gamma is None else vit.last_gamma
+    layer = Dense(s[:, None] * layer.kernel, layer.bias)
+    return dataclasses.replace(vit, last_gamma=gamma / s, **{name: layer})

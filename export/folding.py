@@ -93,6 +93,7 @@ class DeployModel:
         pooling: as in `build_vit`.
         centered: whether the mean of every token is 0.
         stream: what the tokens are divided by, channel by channel `(D,)`, or None; see `rescale`.
+        last_gamma: what the last norm is multiplied by, channel by channel `(D,)`, or None.
         num_tokens: class and distillation tokens that are read, with pooling "token".
         norm_after_pooling: as in `build_vit`.
         attention_pool: of pooling "map", or None.
@@ -118,6 +119,7 @@ class DeployModel:
     pooling: str
     centered: bool
     stream: np.ndarray | None
+    last_gamma: np.ndarray | None
     num_tokens: int
     norm_after_pooling: bool
     attention_pool: AttentionPool | None
@@ -177,6 +179,7 @@ def fold(model, head=True):
         num_tokens=1 + arguments["distillation_token"],
         centered=False,
         stream=None,
+        last_gamma=None,
         norm_after_pooling=arguments["norm_after_pooling"],
         **ending,
     )

@@ -23,7 +23,7 @@ def forward(vit, images, observe=_ignore):
         vit: a `DeployModel`.
         images: float32 tensor (1, H, W, C).
         observe: function (name, y) that is called with the output y `(..., M)` of every dense
-            layer, such as "block_3/fc1".
+            layer, such as "block_3/fc1", and with the pooled "features".
 
     Returns:
         The output of the head, after its activation, `(1, classes)`; without a head, the features.
@@ -37,6 +37,7 @@ def forward(vit, images, observe=_ignore):
     x = _pool(vit, x, dense)  # (1, D)
     if vit.features is not None:
         x = _affine(x, vit.features)
+    observe("features", x)
     if vit.pre_logits is not None:
         x = tf.tanh(dense("pre_logits", vit.pre_logits, x))
     if vit.head is not None:
@@ -66,28 +67,29 @@ def _affine(x, affine):
 
 def _norm(x, epsilon):
     """(x - mean) / sqrt(var + epsilon) over the last axis."""
-    return _over_root_mean_square(x - tf.reduce_mean(x, -1, keepdims=True), epsilon)
+    d = x - tf.reduce_mean(x, -1, keepdims=True)
+    return d * tf.math.rsqrt(tf.reduce_mean(d * d, -1, keepdims=True) + epsilon)
 
 
-def _over_root_mean_square(x, epsilon):
-    return x * tf.math.rsqrt(tf.reduce_mean(x * x, -1, keepdims=True) + epsilon)
+def _token_norm(vit, x, gamma=None):
+    """The norm of tokens, which are divided by `vit.stream`, as the result is; times `gamma`."""
+    d = x if vit.centered else x - tf.reduce_mean(x, -1, keepdims=True)
+    inverse_deviation = tf.math.rsqrt(_mean_square(vit, d) + _constant(np.array([vit.epsilon])))
+    # In this order: the converter would move a constant factor of the result into the weights of
+    # the dense layer that reads it, and with it the sizes of the channels that it evens out.
+    return (d if gamma is None else d * _constant(gamma)) * inverse_deviation
 
 
-def _token_norm(vit, x):
-    """The norm of tokens, divided by `vit.stream` like the tokens themselves."""
-    if not vit.centered:
-        return _norm(x, vit.epsilon)
+def _mean_square(vit, d):
     if vit.stream is None:
-        return _over_root_mean_square(x, vit.epsilon)
+        return tf.reduce_mean(d * d, -1, keepdims=True)
     with tf.name_scope("mean_square"):
-        weights = _constant(vit.stream[:, None] ** 2 / vit.stream.size)
-        return x * tf.math.rsqrt(tf.matmul(x * x, weights) + _constant(np.array([vit.epsilon])))
+        return tf.matmul(d * d, _constant(vit.stream[:, None] ** 2 / vit.stream.size))
 
 
 def _last_norm(vit, x):
     """The norm of tokens or of what was pooled of them, as the head reads it."""
-    x = _token_norm(vit, x)
-    return x if vit.stream is None else x * _constant(vit.stream)
+    return _token_norm(vit, x, vit.last_gamma)
 
 
 def _tokens(vit, images, dense):

@@ -25,8 +25,10 @@ from .saved_model import (
     write_endpoints,
 )
 
-MODES = ("fp32", "fp16", "dynamic_int8", "int8_mixed")
-CALIBRATED_MODES = ("int8_mixed",)
+MODES = ("fp32", "fp16", "dynamic_int8", "int8_mixed", "int4")
+_QUANTIZED_MODES = ("dynamic_int8", "int8_mixed", "int4")
+_CALIBRATED_MODES = ("int8_mixed", "int4")  # they cannot do without images
+_EQUALIZED_MODES = ("dynamic_int8", "int8_mixed")
 
 
 def export_tflite(
@@ -52,6 +54,7 @@ def export_tflite(
     | `dynamic_int8` | int8, one scale a channel | int8 in dense layers, else float32      | 1/4  |
     | `int8_mixed`   | int8, one scale a channel | int8 in dense layers and attention, the | 1/4  |
     |                |                           | ranges fixed by calibration; else float |      |
+    | `int4`         | int4, one scale to 32     | int8 in dense layers, else float32      | 1/6  |
 
     A model of `build_vit`, with its own head or another, and a model that has one as a layer, are
     written anew for it (see `graph.py`): one piece for a delegate, at most rank 4. Other Keras
@@ -65,8 +68,9 @@ def export_tflite(
         path: file to write; ends in `.tflite`.
         mode: one of `MODES`.
         calibration: images as the model takes them, an array (N, H, W, C) or a `tf.data.Dataset`
-            of images or batches of images; some 64 of the training set. `int8_mixed` needs them;
-            the others do without.
+            of images or batches of images; some 64 of the training set. `int8_mixed` and `int4`
+            need them, `dynamic_int8` is nearer to the model with them, `fp32` and `fp16` take
+            no notice.
         labels: optional sequence of class names, written into the file and the report.
         activation: "softmax" puts one behind the model's logits; None leaves them as they are.
         overwrite: whether an existing file may be replaced.
@@ -113,9 +117,11 @@ def export_tflite(
 
 def _calibration_images(calibration, mode, shape):
     """The images to calibrate with, float32 (N, H, W, C), or None for a mode without."""
-    if mode not in CALIBRATED_MODES:
+    if mode not in _QUANTIZED_MODES:
         return None
     if calibration is None:
+        if mode not in _CALIBRATED_MODES:
+            return None
         raise ValueError(
             f"mode={mode!r} needs `calibration`: some 64 images of the training set, as the model "
             "takes them. Received: calibration=None."
@@ -139,7 +145,7 @@ def _calibration_images(calibration, mode, shape):
 def _for_mode(deployment, mode, images):
     """The deployment with the weights of its ViT made fit for a mode."""
     if deployment.vit is None:
-        if mode in CALIBRATED_MODES:
+        if mode in _CALIBRATED_MODES:
             raise ValueError(
                 f"mode={mode!r} needs a model of build_vit, or one that has it as a layer. "
                 f"Received: {deployment.model.name!r}: {deployment.note}."
@@ -151,7 +157,7 @@ def _for_mode(deployment, mode, images):
         return dataclasses.replace(
             deployment, vit=fit_float16(deployment.vit, deployment.vit_inputs(noise))
         )
-    if mode in CALIBRATED_MODES:
+    if mode in _EQUALIZED_MODES and images is not None:
         inputs = np.asarray(deployment.vit_inputs(images))
         return dataclasses.replace(deployment, vit=equalize(deployment.vit, inputs))
     return deployment

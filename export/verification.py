@@ -43,6 +43,7 @@ LIMITS = types.MappingProxyType(
         "fp16": Limit(agreement=0.99),
         "dynamic_int8": Limit(agreement=0.98),
         "int8_mixed": Limit(agreement=0.95),
+        "int4": Limit(agreement=0.9),
     }
 )
 

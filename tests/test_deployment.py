@@ -16,7 +16,6 @@ from keras_vit.export.deployment import deploy
 from keras_vit.export.equalization import equalize, fit_float16, output_ranges, rescale
 from keras_vit.export.folding import fold
 from keras_vit.export.graph import forward
-from keras_vit.export.quantization import tensor_ranges
 from keras_vit.layers import POOLINGS
 
 SIZE = (24, 40)
@@ -322,29 +321,6 @@ def test_int8_mixed_multiplies_integers(files):
     assert [both for name, both in types.items() if "mean_square" in name] == (
         [(False, False)] * (2 * CONFIG.depth + 1)
     )
-
-
-def test_tensor_ranges_are_the_true_ones(files):
-    """Not a moving average: the largest value of all images, whatever their order."""
-    content = files["vit", "fp32"].read_bytes()
-    images = random_images(3)
-    images[1] *= 0.1
-    ranges = tensor_ranges(content, images)
-    assert ranges == tensor_ranges(content, images[::-1])
-    output = ranges[list(ranges)[-1]]
-    run = Interpreter(model_content=content).get_signature_runner()
-    logits = np.concatenate([run(images=image[None])["logits"] for image in images])
-    np.testing.assert_allclose(output["min"], [logits.min()], rtol=1e-4)
-    np.testing.assert_allclose(output["max"], [logits.max()], rtol=1e-4)
-    # Weights are no activations: their ranges would give all channels of a weight one scale.
-    model = schema.ModelT.InitFromPackedBuf(content)
-    constants = {
-        tensor.name.decode()
-        for tensor in model.subgraphs[0].tensors
-        if model.buffers[tensor.buffer].data is not None
-    }
-    assert len(constants) > 20
-    assert not constants & set(ranges)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,8 @@ def test_dynamic_int8_quantizes_every_dense_layer(files):
         code = content.OperatorCodes(operator.OpcodeIndex()).BuiltinCode()
         if code == schema.BuiltinOperator.FULLY_CONNECTED:
             weights = graph.Tensors(operator.Inputs(1))
+            if b"mean_square" in graph.Tensors(operator.Outputs(0)).Name():
+                continue
             scales = weights.Quantization().ScaleLength()
             types.append((weights.Type(), scales == weights.Shape(0)))
     # Per block qkv (in the last q, and k and v), projection and two of the MLP; the patch
