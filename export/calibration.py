@@ -62,7 +62,7 @@ class Calibration:
 
     Attributes:
         ranges: tensor name -> (smallest, largest value), of the images and of every tensor that
-            an operation puts out.
+            an operation puts out; arrays of the tensor's rank.
         means: tensor index -> mean input `(K,)`, of the inputs of dense layers.
         covariances: tensor index -> `(K, K)`, of the same.
     """
@@ -103,15 +103,15 @@ def calibrate(content, images):
         if details["index"] in indices and details["dtype"] == np.float32
     }
     inputs = {layer.input for layer in dense_layers(schema.ModelT.InitFromPackedBuf(content))}
-    low, high = dict.fromkeys(names, np.inf), dict.fromkeys(names, -np.inf)
+    low, high = {}, {}
     moments = {index: _Moments() for index in inputs}
     for image in images:
         interpreter.set_tensor(image_tensor, image[None].astype("float32"))
         interpreter.invoke()
         for index in names:
             values = interpreter.get_tensor(index)
-            low[index] = min(low[index], float(values.min()))
-            high[index] = max(high[index], float(values.max()))
+            low[index] = np.minimum(low.get(index, np.inf), values.min(keepdims=True))
+            high[index] = np.maximum(high.get(index, -np.inf), values.max(keepdims=True))
             if index in inputs:
                 moments[index].add(values.reshape(-1, values.shape[-1]))
     return Calibration(

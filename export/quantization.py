@@ -85,7 +85,9 @@ def quantize(content, mode, calibration=None):
     rules = RULES[mode]
     ranges = None
     if calibration is not None:
-        ranges = {name: _range(*extremes) for name, extremes in calibration.ranges.items()}
+        ranges = {
+            name: {"min": low, "max": high} for name, (low, high) in calibration.ranges.items()
+        }
         content, rules, weight_ranges = _round_weights(content, rules, calibration)
         ranges.update(weight_ranges)
     model = quantizer.Quantizer(content)
@@ -95,11 +97,6 @@ def quantize(content, mode, calibration=None):
     result = model.quantize(ranges, enable_progress_report=False, enable_progress_bar=False)
     content = result.quantized_model
     return pack(schema.ModelT.InitFromPackedBuf(content), content)
-
-
-def _range(low, high):
-    """A range as litert-quantizer takes it."""
-    return {"min": np.float32(low).reshape(-1), "max": np.float32(high).reshape(-1)}
 
 
 def _config(rules, name):

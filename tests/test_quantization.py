@@ -124,7 +124,9 @@ def test_ranges_are_the_true_ones(content):
     assert ranges == calibrate(content, images[::-1]).ranges
     run = Interpreter(model_content=content).get_signature_runner()
     logits = np.concatenate([run(images=image[None])["logits"] for image in images])
-    np.testing.assert_allclose(ranges[list(ranges)[-1]], (logits.min(), logits.max()), rtol=1e-4)
+    low, high = ranges[list(ranges)[-1]]
+    assert low.shape == high.shape == (1, 1)  # litert-quantizer wants the rank of the tensor
+    np.testing.assert_allclose([low.item(), high.item()], [logits.min(), logits.max()], rtol=1e-4)
     # Weights are no activations: their ranges would give all channels of a weight one scale.
     model = schema.ModelT.InitFromPackedBuf(content)
     constants = {
