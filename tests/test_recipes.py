@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import keras
 import numpy as np
@@ -93,6 +94,12 @@ def test_ints_and_lists_are_taken():
         ({"variant": 16}, TypeError, r"`variant` must be a string or a ViTConfig or None.*16"),
         ({"image_size": "large"}, TypeError, r"`image_size` must be an int or a tuple.*'large'"),
         ({"rand_augment": "2,x"}, TypeError, r"`rand_augment` must be a tuple or None.*'2,x'"),
+        (
+            {"rand_augment": 2},
+            TypeError,
+            r"such as \(2,10\), which is --set rand_augment=2,10\..*=2",
+        ),
+        ({"variant": "Ti/17"}, ValueError, r"`variant` must be one of Ti/16, .*'Ti/17'"),
         ({"dropout": 1}, ValueError, r"`dropout` must be in \[0, 1\).*dropout=1"),
         ({"drop_path": -0.1}, ValueError, r"`drop_path` must be in \[0, 1\).*-0.1"),
         ({"micro_batches": 0}, ValueError, r"`micro_batches` must be a positive int.*=0"),
@@ -142,8 +149,18 @@ def test_overrides_of_text(text, expected):
 
 @pytest.mark.parametrize("text", ["mixup", "mixing=0.2", "=3", "source=me", ""])
 def test_text_that_is_no_override(text):
-    with pytest.raises(ValueError, match=rf"FIELD=VALUE, with a field of variant.*{text!r}"):
+    with pytest.raises(ValueError, match=rf"FIELD=VALUE.*`keras-vit recipes small`.*{text!r}"):
         parse_override(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("mixp=0.2", "mixup"), ("drop-path=0.1", "drop_path"), ("lr=1", None)]
+)
+def test_the_nearest_field_is_named(text, meant):
+    with pytest.raises(ValueError, match=f"Received: {text!r}") as caught:
+        parse_override(text)
+    named = re.findall(r"Did you mean (\w+)=\.\.\.\?", str(caught.value))
+    assert named == ([meant] if meant else [])
 
 
 def printed(table):
@@ -351,6 +368,9 @@ def test_batch_of_unknown_size():
 def test_mixing_errors():
     with pytest.raises(ValueError, match=r"even number of images.*\(7, 10, 14, 3\)"):
         mix(Mixing(0.2), 0, IMAGES[:7], LABELS[:7])
+    for numbers in (LABELS.argmax(1), LABELS.argmax(1)[:, None], LABELS.argmax(1) * 1.0):
+        with pytest.raises(ValueError, match=rf"to_categorical.*{re.escape(str(numbers.shape))}"):
+            Mixing(0.2)(tf.constant(IMAGES), numbers, tf.constant([0, 9]))
     with pytest.raises(ValueError, match=r"`mixup` must be a number of at least 0.*'a'"):
         Mixing(mixup="a")
     with pytest.raises(ValueError, match=r"`cutmix` must be a number of at least 0.*nan"):

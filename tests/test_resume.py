@@ -266,6 +266,37 @@ def test_sigterm_during_validation(tmp_path, monkeypatch, uninterrupted):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.fixture
+def ctrl_c():
+    """Lets Ctrl-C raise KeyboardInterrupt, which is ignored in a script's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_second_ctrl_c_stops_at_once(capfd):
+    checkpoints = Checkpoints(None, None, 3, every_steps=None, every_minutes=None, keep=1)
+    with checkpoints.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert checkpoints.stopped_by == "SIGINT"
+        assert (
+            capfd.readouterr().err == "\nstopping with a checkpoint; Ctrl-C again stops at once\n"
+        )
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_that_is_ignored_stays_so():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    checkpoints = Checkpoints(None, None, 3, every_steps=None, every_minutes=None, keep=1)
+    with checkpoints.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert checkpoints.stopped_by is None
+
+
 # Full disks.
 
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from keras_vit import ViTConfig
 from keras_vit.data import load_data
 from keras_vit.data.pipeline import training_batches
 from keras_vit.data.structures import array_split
+from keras_vit.layers import Dropout
 from keras_vit.training import (
     RECIPES,
     DistributedModel,
@@ -29,6 +31,7 @@ from keras_vit.training.building import build_model, model_arguments
 from keras_vit.training.evaluation import evaluate, predict
 from keras_vit.training.optimizers import build_optimizer
 from keras_vit.training.recipes import resolve_recipe
+from keras_vit.weights import save_checkpoint
 
 SMALL = Recipe(ViTConfig(16, 2, 2, 24, 4), image_size=8, epochs=2, batch_size=128)
 
@@ -208,6 +211,78 @@ def test_existing_run_is_kept_or_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     train_small(out, overwrite=True)
     assert len(history(load_run(out))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"data": "digit"}, r"`spec` must be .*'digit'"),
+        ({"data": "digits:8"}, r"`spec` must be .*'digits:8'"),
+        ({"data": "folder:"}, r"`spec` must be .*'folder:'"),
+        ({"data": "folder:/no/photos"}, r"does not exist.*/no/photos"),
+        ({"data": "tfrecord:/no/photos"}, r"must exist.*/no/photos"),
+        ({"variant": "Ti/17"}, r"`variant` must be one of.*'Ti/17'"),
+        ({"recipe": "smal"}, r"`recipe` must be one of.*'smal'"),
+        ({}, r"exists and is not a run folder"),
+    ],
+)
+def test_the_cheap_arguments_are_checked_before_the_folder(tmp_path, arguments, match):
+    (tmp_path / "photo.jpg").write_text("mine")
+    with pytest.raises(ValueError, match=match):
+        train(**{"data": "digits", "out": tmp_path, **arguments})
+
+
+def test_batch_that_is_lowered_is_said(tmp_path, capsys):
+    run = train_small(tmp_path / "run", epochs=1, batch_size=2000)
+    assert run.info["recipe"]["batch_size"] == 1024
+    said = "a batch of 2,000 is more than the 1,257 training images: took 1,024\n"
+    assert said in capsys.readouterr().out
+    train_small(tmp_path / "other", epochs=1)
+    assert "training images: took" not in capsys.readouterr().out
+
+
+def test_model_file_as_weights(digits_run, tmp_path):
+    """The message says what to do, and that works."""
+    path = digits_run.folder / "best.keras"
+    with pytest.raises(ValueError, match=r"not a model file of Keras.*train --resume") as caught:
+        train("digits", tmp_path / "run", weights=path)
+    [call] = re.findall(r"with keras_vit\.(save_checkpoint\(.*\))\. An", str(caught.value))
+    names = {"keras": keras, "save_checkpoint": save_checkpoint}
+    eval(call.replace("vit.safetensors", f"{tmp_path}/vit.safetensors"), names)
+    run = train("digits", tmp_path / "run", weights=tmp_path / "vit.safetensors", epochs=1)
+    assert run.info["results"]["test_accuracy"] > 0.9
+
+
+def small_network():
+    """With dropout, whose masks depend on the place of an image in the batch."""
+    keras.utils.set_random_seed(3)
+    images = keras.Input((6,))
+    x = Dropout(0.3)(keras.layers.Dense(7, activation="tanh")(images))
+    return DistributedModel(images, keras.layers.Dense(5)(x))
+
+
+@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("micro_batches", [4, 9])
+def test_last_batch_that_micro_batches_do_not_divide(micro_batches, xla):
+    """36, 36 and 7 images, then 36 and 35: the same training as with whole batches."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(0, 1, (79, 6)).astype("float32")
+    labels = rng.normal(0, 1, (79, 5)).astype("float32")
+    trained = []
+    for k in (1, micro_batches):
+        model = small_network()
+        model.compile(
+            keras.optimizers.SGD(1.0), "mse", micro_batches=k, jit_compile=xla, metrics=["mae"]
+        )
+        for rows in (79, 71):
+            data = tf.data.Dataset.from_tensor_slices((images[:rows], labels[:rows])).batch(36)
+            history = model.fit(data, shuffle=False, verbose=0).history
+        trained.append((history, model.get_weights()))
+    (history, weights), (other_history, other_weights) = trained
+    for name in ("loss", "mae"):
+        np.testing.assert_allclose(other_history[name], history[name], rtol=1e-5)
+    for weight, other in zip(weights, other_weights, strict=True):
+        np.testing.assert_allclose(other, weight, atol=1e-6)
 
 
 def test_folder_that_is_no_run_is_never_replaced(tmp_path):

@@ -41,7 +41,7 @@ RESUME = ["--resume", "run"]
 
 # The command, with a disk so slow that there is time to act upon a checkpoint.
 COMMAND = """
-import sys, time
+import signal, sys, time
 from keras_vit import cli
 from keras_vit.training import callbacks
 save = callbacks.save_state
@@ -49,6 +49,7 @@ def save_slowly(*args):
     save(*args)
     time.sleep(0.5)
 callbacks.save_state = save_slowly
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell's foreground
 cli.main()
 """
 
@@ -269,3 +270,15 @@ def test_one_process_is_terminated_and_killed(one, tmp_path):
     assert 0 < newest_position(tmp_path / "0" / "run")["step_of_epoch"] < STEPS
     assert load_run(tmp_path / "0" / "run").info["results"]["status"] == "running"
     assert_same(resume(tmp_path / "0" / "run"), one, atol=0)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    with workers(tmp_path, 1, *TRAIN) as [process]:
+        wait_for_checkpoint(tmp_path, process, epoch=0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, (tmp_path / "0.err").read_text()
+    step = newest_position(tmp_path / "0" / "run")["step"]
+    said = f"Stopped by SIGINT at step {step}. Continue with: keras-vit train --resume"
+    assert said in (tmp_path / "0.out").read_text()
+    assert "Ctrl-C again stops at once" in (tmp_path / "0.err").read_text()
+    assert load_run(tmp_path / "0" / "run").info["results"]["status"] == "interrupted"

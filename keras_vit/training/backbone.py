@@ -24,6 +24,13 @@ def load_backbone(weights, **arguments):
     Warns:
         UserWarning: The checkpoint does not say how pixels are normalised: [-1, 1] was taken.
     """
+    if str(weights).endswith(".keras"):
+        raise ValueError(
+            "Weights are a checkpoint (.npz, .safetensors), not a model file of Keras: write one "
+            f"with keras_vit.save_checkpoint(keras.saving.load_model({str(weights)!r}), "
+            "'vit.safetensors', 'timm'). An interrupted run goes on with "
+            f"`keras-vit train --resume RUN`. Received: weights={str(weights)!r}."
+        )
     arguments = {name: value for name, value in arguments.items() if value is not None}
     model = from_checkpoint(weights, num_classes=0, **arguments)
     if model.input_shape[-1] != 3:

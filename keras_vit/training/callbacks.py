@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -46,7 +47,7 @@ class StopOnNonFinite(keras.callbacks.Callback):
 
 
 class TrainingInterrupted(Exception):
-    """The process was told to terminate; the run can be resumed."""
+    """The process was told to end, by SIGTERM or Ctrl-C; the run can be resumed."""
 
 
 @contextlib.contextmanager
@@ -107,7 +108,9 @@ class BestModel(keras.callbacks.Callback):
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves what the next step depends on, after every epoch and within it; stops on SIGTERM.
+    """Saves what the next step depends on, after every epoch and within it.
+
+    SIGTERM and Ctrl-C (SIGINT) save one, too, and end the training.
 
     A checkpoint that cannot be written, as on a full disk, is a warning, and the one before stays.
 
@@ -128,24 +131,37 @@ class Checkpoints(keras.callbacks.Callback):
         self.every_steps = every_steps
         self.every_minutes = every_minutes
         self.keep = keep
-        self.terminated = False
+        self.stopped_by = None  # the name of a signal
         self.last_time = time.monotonic()
 
     @contextlib.contextmanager
     def listening(self):
-        """Notes SIGTERM within the block, in the main thread, the only one that can."""
+        """Notes the signals within the block, in the main thread, the only one that can.
+
+        A second Ctrl-C does what the first does elsewhere. A signal that is ignored, as Ctrl-C is
+        in a script's background, stays so.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def note(*_):
-            self.terminated = True
+        def note(number, _):
+            self.stopped_by = signal.Signals(number).name
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, before[signal.SIGINT])
+                # Not `print`, which the signal may have interrupted.
+                os.write(2, b"\nstopping with a checkpoint; Ctrl-C again stops at once\n")
 
-        before = signal.signal(signal.SIGTERM, note)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.getsignal(number) for number in numbers}
+        before = {n: handler for n, handler in before.items() if handler is not signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch
@@ -165,7 +181,7 @@ class Checkpoints(keras.callbacks.Callback):
             step_due = (epoch * self.steps_per_epoch + step) % self.every_steps == 0
         if self.every_minutes is not None:
             time_due = time.monotonic() - self.last_time >= 60 * self.every_minutes
-        if step_due or time_due or self.terminated:
+        if step_due or time_due or self.stopped_by:
             self._save(epoch, step)
 
     def _save(self, epoch, step):
@@ -187,8 +203,8 @@ class Checkpoints(keras.callbacks.Callback):
                 stacklevel=2,
             )
         self.last_time = time.monotonic()
-        if self.terminated:
-            raise TrainingInterrupted(f"Stopped by SIGTERM at step {position['step']}.")
+        if self.stopped_by:
+            raise TrainingInterrupted(f"Stopped by {self.stopped_by} at step {position['step']}.")
 
 
 class Progress(keras.callbacks.Callback):

@@ -68,8 +68,8 @@ class DistributedModel(StrategyModel):
             optimizer: An optimizer or its name.
             loss: As in Keras; a mean over the batch.
             micro_batches: Parts k >= 1 in which a replica goes through its part of a batch, one
-                after the other, before the one update: less memory for the same result. Divides
-                the images of a replica.
+                after the other, before the one update: less memory for the same result. A last
+                batch that they do not divide goes in more and smaller parts.
             mixing: `keras_vit.training.Mixing` or None; each part of a batch has to be even.
             seed: Seed of the mixing, an int.
             jit_compile: Whether XLA compiles the step; "auto": yes, on CPUs and under a strategy
@@ -193,33 +193,37 @@ class DistributedModel(StrategyModel):
 
     def _accumulated_gradients(self, x, y, sample_weight, step, first_row):
         """The outputs of all micro-batches, and the means of their losses and gradients."""
-        k = self.micro_batches
+        k = _number_of_parts(x, self.micro_batches)
         parts = _map(lambda values: _split(values, k), (x, y, sample_weight))  # (k, rows, ...)
         rows = _count(_map(lambda values: values[0], parts[0]))
         seen = {}  # of the first micro-batch: the structure of its outputs, which gradients it has
 
         def body(index, outputs, loss, sums):
             part = _map(lambda values: values[index], parts)
-            row = first_row + tf.cast(index * rows, tf.int64)
-            y_pred, part_loss, gradients = self._gradients(*part, step, row)
+            row = index * rows
+            y_pred, part_loss, gradients = self._gradients(
+                *part, step, first_row + tf.cast(row, tf.int64)
+            )
             seen.update(y_pred=y_pred, gradients=gradients)
+            places = row + tf.range(rows)[:, None]  # none, where a replica has no image
             outputs = [
-                tf.tensor_scatter_nd_update(rows_of_all, [[index]], [new])
+                tf.tensor_scatter_nd_update(rows_of_all, places, new)
                 for rows_of_all, new in zip(outputs, keras.tree.flatten(y_pred), strict=True)
             ]
             sums = [
-                total if gradient is None else total + gradient / k
+                total if gradient is None else total + gradient / tf.cast(k, gradient.dtype)
                 for total, gradient in zip(sums, gradients, strict=True)
             ]
-            return index + 1, outputs, loss + tf.cast(part_loss, tf.float32) / k, sums
+            loss += tf.cast(part_loss, tf.float32) / tf.cast(k, tf.float32)
+            return index + 1, outputs, loss, sums
 
-        outputs = [tf.zeros([k, rows, *output.shape[1:]], output.dtype) for output in self.outputs]
+        outputs = [tf.zeros([k * rows, *output.shape[1:]], output.dtype) for output in self.outputs]
         sums = [tf.zeros(variable.shape, variable.dtype) for variable in self.trainable_variables]
         state = (tf.constant(0), outputs, tf.constant(0.0), sums)
         _, outputs, loss, sums = tf.while_loop(
             lambda index, *_: index < k, body, state, parallel_iterations=1
         )
-        y_pred = keras.tree.pack_sequence_as(seen["y_pred"], [_join(output) for output in outputs])
+        y_pred = keras.tree.pack_sequence_as(seen["y_pred"], outputs)
         gradients = [
             None if gradient is None else total
             for gradient, total in zip(seen["gradients"], sums, strict=True)
@@ -320,17 +324,26 @@ def _count(x):
     return tf.shape(keras.tree.flatten(x)[0])[0]
 
 
-def _split(values, parts):
-    """`(B, ...)` -> `(parts, B / parts, ...)`."""
-    if values.shape[0] is not None and values.shape[0] % parts:
+def _number_of_parts(x, micro_batches):
+    """How many equal parts to go through a batch in: `micro_batches`, or the next that divides it.
+
+    Parts of one size have one loop, and their mean is that of the batch. More parts than
+    `micro_batches` are slower: where all batches have the same size, that is an error.
+    """
+    rows = keras.tree.flatten(x)[0].shape[0]
+    if rows is None:
+        rows = tf.maximum(_count(x), 1)  # a replica may have no part in a last batch
+        parts = tf.range(tf.minimum(micro_batches, rows), rows + 1)
+        return tf.reduce_min(tf.where(rows % parts == 0, parts, rows))
+    if rows % micro_batches:
         raise ValueError(
             "`micro_batches` must divide the images of a replica. Received: "
-            f"micro_batches={parts}, {values.shape[0]} images."
+            f"micro_batches={micro_batches}, {rows} images."
         )
+    return micro_batches
+
+
+def _split(values, parts):
+    """`(B, ...)` -> `(parts, B / parts, ...)`."""
     shape = tf.concat([[parts, tf.shape(values)[0] // parts], tf.shape(values)[1:]], axis=0)
-    return tf.ensure_shape(tf.reshape(values, shape), (parts, None, *values.shape[1:]))
-
-
-def _join(values):
-    """`(parts, rows, ...)` -> `(parts * rows, ...)`."""
-    return tf.reshape(values, tf.concat([[-1], tf.shape(values)[2:]], axis=0))
+    return tf.ensure_shape(tf.reshape(values, shape), (None, None, *values.shape[1:]))

@@ -157,9 +157,9 @@ def lost_workers(folder, checkpoints=None):
     try:
         yield
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
-        if checkpoints and checkpoints.terminated:
+        if checkpoints and checkpoints.stopped_by:
             # So were the others, and the chief saved a checkpoint.
-            raise TrainingInterrupted("Stopped by SIGTERM.") from error
+            raise TrainingInterrupted(f"Stopped by {checkpoints.stopped_by}.") from error
         raise RuntimeError(
             "Another worker was lost, see what it said. Start all of them again; once training "
             f"has begun, with `keras-vit train --resume {folder}`. {str(error).splitlines()[0]}"

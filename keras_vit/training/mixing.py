@@ -60,12 +60,22 @@ class Mixing:
             float32 images `(B, H, W, C)` and labels `(B, K)`.
 
         Raises:
-            ValueError: B is odd.
+            ValueError: B is odd, or the labels are the numbers of classes.
         """
         if images.shape[0] is not None and images.shape[0] % 2:
             raise ValueError(
                 "MixUp and CutMix blend pairs of neighbours: the batch, or each part of it, must "
                 f"be of an even number of images. Received: images of shape {images.shape}."
+            )
+        labels = tf.convert_to_tensor(labels)
+        numbers_of_classes = labels.dtype.is_integer and labels.shape[-1:] == [1]
+        if labels.shape.rank not in (None, 2) or numbers_of_classes:
+            # Their blend would be the number of a third class.
+            raise ValueError(
+                "MixUp and CutMix blend labels, which must be one-hot or soft, of shape (B, K), "
+                "with a loss such as keras.losses.CategoricalCrossentropy: pass "
+                "keras.utils.to_categorical(labels, K), or tf.one_hot(labels, K) in a dataset. "
+                f"Received: labels of shape {labels.shape} and dtype {labels.dtype.name}."
             )
         images, labels = tf.cast(images, tf.float32), tf.cast(labels, tf.float32)
         if not (self.mixup or self.cutmix):

@@ -2,11 +2,12 @@
 
 import ast
 import dataclasses
+import difflib
 import math
 import types
 import typing
 
-from keras_vit.config import ViTConfig
+from keras_vit.config import VARIANTS, ViTConfig
 from keras_vit.data.augmentation import Augmentation
 from keras_vit.training.mixing import Mixing
 
@@ -67,7 +68,8 @@ class Recipe:
         expect: What the recipe, as it stands, gave there: accuracy and cost.
 
     Raises:
-        ValueError: A training argument is out of its range. `build_vit` checks the others.
+        ValueError: The variant is unknown, or a training argument is out of its range.
+            `build_vit` checks the others.
         TypeError: An argument is of another type than it should be.
     """
 
@@ -119,6 +121,9 @@ class Recipe:
     def _check_model(self):
         self._check("dropout", "in [0, 1)", 0 <= self.dropout < 1)
         self._check("drop_path", "in [0, 1)", 0 <= self.drop_path < 1)
+        if isinstance(self.variant, str):
+            known = f"one of {', '.join(VARIANTS)}, or a ViTConfig"
+            self._check("variant", known, self.variant in VARIANTS)
         if self.variant is not None:
             for name in ("image_size", "pooling", "position", "normalization"):
                 self._check(name, "set", getattr(self, name) is not None)
@@ -178,6 +183,7 @@ _WORDS = {
     ViTConfig: "a ViTConfig",
     types.NoneType: "None",
 }
+_EXAMPLES = {"image_size": "224,320", "rand_augment": "2,10"}  # of those that may be tuples
 
 
 def _check_type(field, value):
@@ -191,6 +197,9 @@ def _check_type(field, value):
         fits = isinstance(value, allowed)
     if not fits:
         expected = " or ".join(_WORDS[kind] for kind in allowed if kind in _WORDS)
+        if field.name in _EXAMPLES:
+            example = _EXAMPLES[field.name]
+            expected += f", such as ({example}), which is --set {field.name}={example}"
         raise TypeError(f"`{field.name}` must be {expected}. Received: {field.name}={value!r}.")
 
 
@@ -534,9 +543,11 @@ def parse_override(text):
     name, equals, value = (part.strip() for part in text.partition("="))
     names = [field.name for field in dataclasses.fields(Recipe) if field.name not in TEXTS]
     if not equals or name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        meant = f" Did you mean {near[0]}=...?" if near else ""
         raise ValueError(
-            f"An override must be FIELD=VALUE, with a field of {', '.join(names)}. "
-            f"Received: {text!r}."
+            "An override must be FIELD=VALUE, with a field of a recipe, such as mixup=0.2; "
+            f"`keras-vit recipes small` lists them.{meant} Received: {text!r}."
         )
     words = {"none": None, "true": True, "false": False}
     if value.lower() in words:

@@ -4,7 +4,8 @@ run.json             configuration, seed, versions, data fingerprint, results
 best.keras           the model of the epoch with the best validation accuracy
 last.keras           the model after the last epoch
 checkpoints/         what training continues from, see `keras_vit.training.checkpoints`
-history.csv          one row per epoch
+history.csv          one row per epoch; of one that was resumed in its midst, the training loss
+                     and accuracy are those of its rest
 curves.png           loss and accuracy over the epochs
 tensorboard/         the same for TensorBoard
 evaluation/          written by `keras-vit evaluate`

@@ -94,7 +94,7 @@ def train(
         TypeError: An override is not a field of `Recipe`.
         NonFiniteLossError: The training diverged; the last good model stays in `out`, or the
             run that was to be replaced if there is none yet.
-        TrainingInterrupted: SIGTERM came; `resume` continues.
+        TrainingInterrupted: SIGTERM or Ctrl-C came; `resume` continues.
         RuntimeError: Another worker was lost; `resume` continues.
 
     Source: fine-tuning as in the paper (arXiv 2010.11929, Sections 3.2 and B.1.1): the whole head
@@ -103,6 +103,7 @@ def train(
     _check_arguments(precision, weights, num_heads)
     _check_checkpoints(checkpoint_steps, checkpoint_minutes, keep_checkpoints)
     early = resolve_recipe(recipe, (0, 0), overrides, weights)
+    _check_source(data)
     workers = join_workers(strategy)
     if workers.is_chief:
         check_run_folder(out, overwrite)
@@ -112,7 +113,13 @@ def train(
     console = chief_console(workers)
     data = load_data(data, skip_unreadable=skip_unreadable)
     recipe = resolve_recipe(recipe, data.image_size, overrides, weights)
+    asked = recipe.batch_size
     recipe = _fit_batch(recipe, data.train.count, workers.replicas)
+    if recipe.batch_size < asked:
+        console.print(
+            f"note: a batch of {asked:,} is more than the {data.train.count:,} training images: "
+            f"took {recipe.batch_size:,}"
+        )
     options = {
         "precision": precision,
         "jit_compile": jit_compile,
@@ -264,6 +271,14 @@ def _check_arguments(precision, weights, num_heads):
         )
     if num_heads is not None and weights is None:
         raise ValueError(f"`num_heads` is for `weights` alone. Received: num_heads={num_heads!r}.")
+
+
+def _check_source(data):
+    """Has `load_data` raise for a source or a folder that is none, before images are read."""
+    source, _, rest = str(data).partition(":")
+    in_folder = source in ("folder", "tfrecord") and pathlib.Path(rest).expanduser().is_dir()
+    if data != "digits" and not (rest and (source == "tfds" or in_folder)):
+        load_data(data)
 
 
 def _check_checkpoints(steps, minutes, keep):
