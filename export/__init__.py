@@ -3,12 +3,14 @@
 from .benchmark import Benchmark, GraphFacts, benchmark, describe_graph
 from .report import ExportReport, TensorInfo
 from .saved_model import export_saved_model
-from .tflite import MODES, export_tflite
+from .tflite import CPU_MODES, MODES, NPU_MODES, export_tflite
 from .verification import LIMITS, Comparison, Limit, Verification, verify
 
 __all__ = [
+    "CPU_MODES",
     "LIMITS",
     "MODES",
+    "NPU_MODES",
     "Benchmark",
     "Comparison",
     "ExportReport",

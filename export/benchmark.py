@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -13,21 +14,23 @@ import time
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from keras_vit.files import check_new, replacing
 from keras_vit.versions import versions
 
-from .report import plain, size_bytes, write_new_text
+from .report import (
+    markdown_table,
+    plain,
+    size_bytes,
+    terminal_tables,
+    three_digits,
+    write_new_text,
+)
 
 _WARM_UP_CALLS = 2
 # Constants of these types are shapes, indices, and the biases of integer layers: not weights.
 _NOT_WEIGHTS = frozenset({"int32", "int64", "uint32", "uint64", "bool", "string", "resource"})
-_COLORS = [f"C{index}" for index in range(10)] + ["k", "b", "r", "g", "m", "c"]
-_MARKERS = ("o", "s", "^", "D")  # of the numbers of threads, in their order
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
@@ -129,10 +132,7 @@ class Benchmark:
         Raises:
             ValueError: if `path` exists and `overwrite` is False.
         """
-        columns = self._columns()
-        lines = [columns, ["---", *["---:"] * (len(columns) - 2), "---"]]
-        lines += [self._cells(row) for row in self.rows]
-        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        text = markdown_table(self._columns(), map(self._cells, self.rows))
         text += f"\n{self._caption()}\n"
         text += "".join(f"- {note}\n" for note in self.notes)
         if path is not None:
@@ -140,17 +140,9 @@ class Benchmark:
         return text
 
     def table(self):
-        """Returns the comparison as a `rich.table.Table`."""
-        caption = "\n".join((self._caption(), *self.notes))
-        table = Table(caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        for column in self._columns():
-            if column in ("file", "weights"):  # these give way in a narrow terminal
-                table.add_column(column, min_width=7, overflow="fold")
-            else:
-                table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*self._cells(row))
-        return table
+        """Returns the comparison as what rich prints: one table of speed, one of the graphs."""
+        columns, rows = self._columns(), list(map(self._cells, self.rows))
+        return terminal_tables(columns, rows, columns.index("ops"), (self._caption(), *self.notes))
 
     def plot(self, path, *, overwrite=False):
         """Draws latency against size, and against accuracy where one is known, as a picture.
@@ -162,21 +154,27 @@ class Benchmark:
         Raises:
             ValueError: if `path` exists and `overwrite` is False, or has an unknown suffix.
         """
-        import matplotlib.figure
+        from .plots import draw_files, save_panels
 
-        check_new(path, overwrite)
-        panels = {"size, MB": [row.size_bytes / 1e6 for row in self.rows]}
+        heights = {"size, MB": lambda row: row.size_bytes / 1e6}
         if self._has_accuracy():
-            panels["top-1 accuracy"] = [row.accuracy for row in self.rows]
-        figure = matplotlib.figure.Figure(figsize=(4.5 * len(panels) + 3, 4), layout="constrained")
-        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (label, heights) in zip(all_axes, panels.items(), strict=True):
-            _scatter(axes, self.rows, heights)
-            axes.set(xlabel="latency of one inference, ms", ylabel=label)
-            axes.grid(alpha=0.3)
-        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right upper")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150)
+            heights["top-1 accuracy"] = lambda row: row.accuracy
+        panels = [
+            functools.partial(draw_files, files=self._dots(height), label=label)
+            for label, height in heights.items()
+        ]
+        save_panels(path, panels, overwrite=overwrite)
+
+    def _dots(self, height):
+        return [
+            (
+                row.name,
+                row.size_bytes,
+                {latency.threads: latency.min_ms for latency in row.latencies},
+                height(row),
+            )
+            for row in self.rows
+        ]
 
     def _columns(self):
         columns = ["file", "MB"]
@@ -188,11 +186,11 @@ class Benchmark:
 
     def _cells(self, row):
         """Formats a row; a dash for an accuracy that is not known."""
-        cells = [row.name, _three_digits(row.size_bytes / 1e6)]
+        cells = [row.name, three_digits(row.size_bytes / 1e6)]
         if self._has_accuracy():
             cells.append("-" if row.accuracy is None else f"{row.accuracy:.4f}")
         for latency in row.latencies:
-            cells += [_three_digits(latency.min_ms), _three_digits(latency.median_ms)]
+            cells += [three_digits(latency.min_ms), three_digits(latency.median_ms)]
         graph = row.graph
         counts = (sum(graph.ops.values()), graph.partitions, sum(graph.outside.values()))
         return [*cells, *map(str, counts), str(graph.max_rank), _weights_text(graph.weights)]
@@ -253,7 +251,7 @@ def benchmark(files, *, threads=None, rounds=30, seconds=20.0):
         BenchmarkRow(name, str(path), size_bytes(path), graph, latencies, _known_accuracy(path))
         for name, path, graph, latencies in by_file
     ]
-    return Benchmark(rows=tuple(rows), cores=_cores(), versions=versions())
+    return Benchmark(rows=tuple(rows), cores=available_cores(), versions=versions())
 
 
 def describe_graph(path):
@@ -327,7 +325,7 @@ def progress_bar():
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
-def _cores():
+def available_cores():
     """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -344,7 +342,7 @@ def _check_file(path):
 
 def _check_threads(threads):
     """Returns the numbers of threads as a tuple, each once."""
-    threads = (1, _cores()) if threads is None else threads
+    threads = (1, available_cores()) if threads is None else threads
     threads = tuple(dict.fromkeys(threads))
     if not threads or min(threads) < 1:
         raise ValueError(f"`threads` must be numbers of at least 1. Received: threads={threads}.")
@@ -403,10 +401,6 @@ def _weights(model):
         if dtype not in _NOT_WEIGHTS:
             counts[dtype] += count
     return dict(counts.most_common())
-
-
-def _three_digits(value):
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _weights_text(weights):
@@ -471,20 +465,3 @@ def _notes(row):
     if row.graph.outside:
         outside = ", ".join(f"{name} x{count}" for name, count in row.graph.outside.items())
         yield f"{row.name}: outside of XNNPACK {outside}."
-
-
-def _scatter(axes, rows, heights):
-    """Draws each file in a colour of its own: a point for each number of threads, and a line.
-
-    A file whose height is None gets its colour, and no point.
-    """
-    for index, (row, height) in enumerate(zip(rows, heights, strict=True)):
-        color = _COLORS[index % len(_COLORS)]
-        height = math.nan if height is None else height
-        points = [(latency.min_ms, height) for latency in row.latencies]
-        axes.plot(*zip(*points, strict=True), color=color, alpha=0.4, label=row.name)
-        for point, marker in zip(points, _MARKERS * len(points), strict=False):
-            axes.plot(*point, marker, color=color)
-    for latency, marker in zip(rows[0].latencies, _MARKERS * len(rows[0].latencies), strict=False):
-        threads = f"{latency.threads} thread{'s' * (latency.threads > 1)}"
-        axes.plot([], [], marker, color="grey", label=threads)

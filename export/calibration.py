@@ -6,6 +6,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if name[0] != "_"}
+
 
 @dataclasses.dataclass(frozen=True)
 class DenseLayer:
@@ -35,7 +37,7 @@ def dense_layers(model):
     graph = model.subgraphs[0]
     layers = []
     for operator in graph.operators:
-        if _builtin(model, operator) == schema.BuiltinOperator.FULLY_CONNECTED:
+        if operation_name(model, operator) == "FULLY_CONNECTED":
             x, weights, bias = (*map(int, operator.inputs), -1)[:3]
             if constant(model, weights) is not None:
                 name = graph.tensors[operator.outputs[0]].name.decode()
@@ -43,8 +45,9 @@ def dense_layers(model):
     return layers
 
 
-def _builtin(model, operator):
-    return model.operatorCodes[operator.opcodeIndex].builtinCode
+def operation_name(model, operator):
+    """The name of an operator's kind, such as "FULLY_CONNECTED"."""
+    return _NAMES[model.operatorCodes[operator.opcodeIndex].builtinCode]
 
 
 def constant(model, index):
@@ -61,18 +64,32 @@ class Calibration:
     """Statistics over all images.
 
     Attributes:
+        image: name of the tensor of the images.
         ranges: tensor name -> (smallest, largest value), of the images and of every tensor that
             an operation puts out; arrays of the tensor's rank.
         means: tensor index -> mean input `(K,)`, of the inputs of dense layers.
         covariances: tensor index -> `(K, K)`, of the same.
     """
 
+    image: str
     ranges: dict
     means: dict
     covariances: dict
 
+    @property
+    def image_range(self):
+        """The smallest and the largest value of an image, or 0 if all are on one side of it."""
+        low, high = self.ranges[self.image]
+        return min(float(low.item()), 0.0), max(float(high.item()), 0.0)
 
-def calibrate(content, images):
+    def with_image_range(self, low, high):
+        """The same with another range of the images: one that is known."""
+        shape = self.ranges[self.image][0].shape
+        known = np.full(shape, low, "float32"), np.full(shape, high, "float32")
+        return dataclasses.replace(self, ranges={**self.ranges, self.image: known})
+
+
+def calibrate(content, images, advance=lambda: None):
     """Runs images through a float file.
 
     The ranges are the true ones. litert-quantizer's own, a moving average, clip the few large
@@ -81,6 +98,7 @@ def calibrate(content, images):
     Args:
         content: bytes of a float32 `.tflite` file.
         images: array (N, H, W, C), as the file takes them.
+        advance: called after every image.
 
     Returns:
         A `Calibration`.
@@ -114,7 +132,9 @@ def calibrate(content, images):
             high[index] = np.maximum(high.get(index, -np.inf), values.max(keepdims=True))
             if index in inputs:
                 moments[index].add(values.reshape(-1, values.shape[-1]))
+        advance()
     return Calibration(
+        image=names[image_tensor],
         ranges={name: (low[index], high[index]) for index, name in names.items()},
         means={index: of.mean() for index, of in moments.items()},
         covariances={index: of.covariance() for index, of in moments.items()},

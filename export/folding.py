@@ -93,6 +93,7 @@ class DeployModel:
         pooling: as in `build_vit`.
         centered: whether the mean of every token is 0.
         stream: what the tokens are divided by, channel by channel `(D,)`, or None; see `rescale`.
+        float_norms: whether the norms compute in float.
         last_gamma: what the last norm is multiplied by, channel by channel `(D,)`, or None.
         num_tokens: class and distillation tokens that are read, with pooling "token".
         norm_after_pooling: as in `build_vit`.
@@ -119,6 +120,7 @@ class DeployModel:
     pooling: str
     centered: bool
     stream: np.ndarray | None
+    float_norms: bool
     last_gamma: np.ndarray | None
     num_tokens: int
     norm_after_pooling: bool
@@ -179,6 +181,7 @@ def fold(model, head=True):
         num_tokens=1 + arguments["distillation_token"],
         centered=False,
         stream=None,
+        float_norms=True,
         last_gamma=None,
         norm_after_pooling=arguments["norm_after_pooling"],
         **ending,

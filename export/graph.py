@@ -80,11 +80,25 @@ def _token_norm(vit, x, gamma=None):
     return (d if gamma is None else d * _constant(gamma)) * inverse_deviation
 
 
+def _first_norm(vit, x):
+    """The norm before the first block."""
+    prefix = vit.prefix.shape[1]
+    if vit.float_norms or not prefix:
+        return _token_norm(vit, x)
+    # The class token has not met the image yet: its norm is a constant. Often it is much smaller
+    # than the patches, and an integer 1 / sqrt is far off in the lowest hundredth of its range.
+    patches = tf.slice(x, (0, prefix, 0), (1, x.shape[1] - prefix, x.shape[2]))
+    return tf.concat([_token_norm(vit, _constant(vit.prefix)), _token_norm(vit, patches)], axis=1)
+
+
 def _mean_square(vit, d):
-    if vit.stream is None:
-        return tf.reduce_mean(d * d, -1, keepdims=True)
-    with tf.name_scope("mean_square"):
-        return tf.matmul(d * d, _constant(vit.stream[:, None] ** 2 / vit.stream.size))
+    if vit.stream is not None and vit.float_norms:
+        # The quickest way; as 8-bit weights, the smaller squares of the stream would be 0.
+        with tf.name_scope("mean_square"):
+            return tf.matmul(d * d, _constant(vit.stream[:, None] ** 2 / vit.stream.size))
+    if vit.stream is not None:
+        d = d * _constant(vit.stream)
+    return tf.reduce_mean(d * d, -1, keepdims=True)
 
 
 def _last_norm(vit, x):
@@ -136,7 +150,7 @@ def _attend(q, k, v):
 
 def _block(vit, block, x, rows, dense, name):
     """Eq. 2-3; of the first `rows` tokens alone, or of all."""
-    y = _token_norm(vit, x)
+    y = _first_norm(vit, x) if name == "block_0" else _token_norm(vit, x)
     q, k, v = _qkv(vit, block, y, rows, dense, name)
     if block.query_norm is not None:
         q = _affine(_norm(q, vit.epsilon), block.query_norm)

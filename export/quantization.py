@@ -4,6 +4,7 @@ The operations are found by the names of their outputs, which are those of `grap
 Quantizing itself is litert-quantizer's.
 """
 
+import dataclasses
 import re
 
 import ml_dtypes
@@ -12,7 +13,7 @@ from ai_edge_litert import schema_py_generated as schema
 from litert_quantizer import qtyping, quantizer
 from litert_quantizer.algorithm_manager import AlgorithmName
 
-from .calibration import constant, dense_layers
+from .calibration import constant, dense_layers, operation_name
 from .flatbuffer import pack
 from .gptq import choose_scales, round_weights
 
@@ -21,6 +22,7 @@ _CHANNEL = qtyping.QuantGranularity.CHANNELWISE
 
 _WEIGHTS = qtyping.TensorQuantizationConfig(8, granularity=_CHANNEL)
 _BLOCK = 32
+_OUTSIDE = r"^(?!.*(block_\d+|pooling|stem)/)"
 _DYNAMIC = qtyping.OpQuantizationConfig(
     weight_tensor_config=_WEIGHTS, compute_precision=qtyping.ComputePrecision.INTEGER
 )
@@ -32,9 +34,9 @@ _INT4 = qtyping.OpQuantizationConfig(
 )
 
 
-def _static(symmetric, weights=_WEIGHTS):
+def _static(symmetric, weights=_WEIGHTS, bits=8):
     return qtyping.OpQuantizationConfig(
-        activation_tensor_config=qtyping.TensorQuantizationConfig(8, symmetric=symmetric),
+        activation_tensor_config=qtyping.TensorQuantizationConfig(bits, symmetric=symmetric),
         weight_tensor_config=weights,
         compute_precision=qtyping.ComputePrecision.INTEGER,
         skip_checks=True,  # litert-quantizer knows no symmetric int8 activations; XNNPACK does
@@ -67,82 +69,196 @@ INT4_RULES = (
     *DYNAMIC_RULES,
     (r"block_\d+/(qkv|q|kv|proj|fc1|fc2)/", _Op.FULLY_CONNECTED, _INT4),
 )
-RULES = {"dynamic_int8": DYNAMIC_RULES, "int8_mixed": MIXED_RULES, "int4": INT4_RULES}
+_INT16 = _static(symmetric=True, bits=16)
+# 16 bits leave room for images that go beyond the calibration images, whose values would be cut.
+_HEADROOM = 2
+_FLOAT_ENDS = ((".*", _Op.INPUT, None), (".*", _Op.OUTPUT, None))
+A16W8_RULES = ((".*", _Op.ALL_SUPPORTED, _INT16), *_FLOAT_ENDS)
+# Integers alone: products in 8 bits. The residual stream and the squares and roots of the norms,
+# whose range is too wide for these, are in 16, and so is what is before and after the blocks.
+INT8_FULL_RULES = (
+    (".*", _Op.ALL_SUPPORTED, _static(symmetric=False)),
+    *((".*", operation, _INT16) for operation in (_Op.ADD, _Op.MUL, _Op.MEAN, _Op.RSQRT)),
+    (_OUTSIDE, _Op.FULLY_CONNECTED, _INT16),
+    (_OUTSIDE, _Op.SOFTMAX, _INT16),
+    *_FLOAT_ENDS,
+)
+RULES = {
+    "dynamic_int8": DYNAMIC_RULES,
+    "int8_mixed": MIXED_RULES,
+    "int4": INT4_RULES,
+    "int8_full": INT8_FULL_RULES,
+    "a16w8": A16W8_RULES,
+}
+STATIC_MODES = ("int8_mixed", "int8_full", "a16w8")
+# What a layer computes in where its mode costs too much, and what if that does, too.
+FALLBACKS = {
+    "dynamic_int8": ("float32",),
+    "int8_mixed": ("dynamic_int8", "float32"),
+    "int4": ("dynamic_int8", "float32"),
+    "int8_full": ("a16w8", "float32"),
+    "a16w8": ("float32",),
+}
+_CONFIGS = {"dynamic_int8": _DYNAMIC, "a16w8": _INT16, "float32": None}
 
 
-def quantize(content, mode, calibration=None):
-    """Quantizes a float32 `.tflite` file.
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What is quantized, or is not, as a whole: a dense layer, or the attention of a block.
+
+    Attributes:
+        name: such as "block_3/fc1" or "block_3/attention".
+        regex: finds its operations by their names.
+        operation: their kind.
+    """
+
+    name: str
+    regex: str
+    operation: _Op
+
+    def nearest(self, precision):
+        """The precision that it can have: attention has no weights, so it is dynamic in float."""
+        is_attention = self.operation == _Op.ALL_SUPPORTED
+        return "float32" if is_attention and precision == "dynamic_int8" else precision
+
+    def rule(self, precision):
+        """The rule that gives this layer a precision of `FALLBACKS`."""
+        return self.regex, self.operation, _CONFIGS[self.nearest(precision)]
+
+    def only(self, rules):
+        """Those of `rules` that speak of this layer, for it alone."""
+        return tuple(
+            (f"(?={self.regex})(?=.*{regex})", max(self.operation, operation, key=_is_one), config)
+            for regex, operation, config in rules
+            if _Op.ALL_SUPPORTED in (self.operation, operation) or operation == self.operation
+        )
+
+
+def _is_one(operation):
+    return operation != _Op.ALL_SUPPORTED
+
+
+class FloatFile:
+    """A float32 `.tflite` file that is to be quantized, in one way or in many.
 
     Args:
         content: bytes of the file.
-        mode: one of `RULES`.
         calibration: a `Calibration` of the file. "dynamic_int8" can do without it: its weights
             are then rounded each by itself.
-
-    Returns:
-        The bytes of the quantized file.
     """
-    rules = RULES[mode]
-    ranges = None
-    if calibration is not None:
-        ranges = {
-            name: {"min": low, "max": high} for name, (low, high) in calibration.ranges.items()
+
+    def __init__(self, content, calibration=None):
+        self.content = content
+        self.calibration = calibration
+        self._rounded = {}  # (name of a dense layer, bits) -> what `_round` returns
+
+    def layers(self, mode):
+        """The layers that a mode quantizes: a tuple of `Layer`, from first to last."""
+        rules = RULES[mode]
+        layers = []
+        model = schema.ModelT.InitFromPackedBuf(self.content)
+        for dense in dense_layers(model):
+            if _config(rules, _Op.FULLY_CONNECTED, dense.name) is None:
+                continue
+            name = re.sub(r"/MatMul\d*(;.*)?$", "", dense.name)
+            name = "head" if "PartitionedCall" in name else name  # the output, which has no scope
+            layers.append(Layer(name, f"^{re.escape(dense.name)}", _Op.FULLY_CONNECTED))
+            if mode in STATIC_MODES and (block := re.match(r"(.*/)?block_\d+/(?=proj$)", name)):
+                regex = f"^{re.escape(block[0])}(MatMul|Softmax|Reshape|transpose|split)"
+                layers.insert(-1, Layer(f"{block[0]}attention", regex, _Op.ALL_SUPPORTED))
+        return tuple(layers)
+
+    def quantize(self, rules):
+        """Returns the bytes of the file, quantized by rules."""
+        content, ranges = self.content, None
+        if self.calibration is not None:
+            ranges = self._ranges(rules)
+            content, rules, weight_ranges = self._round_weights(rules)
+            ranges.update(weight_ranges)
+        model = quantizer.Quantizer(content)
+        for regex, operation, config in rules:
+            algorithm = AlgorithmName.MIN_MAX_UNIFORM_QUANT if config else AlgorithmName.NO_QUANTIZE
+            model.update_quantization_recipe(regex, operation, config, algorithm)
+        result = model.quantize(ranges, enable_progress_report=False, enable_progress_bar=False)
+        content = result.quantized_model
+        return pack(schema.ModelT.InitFromPackedBuf(content), content)
+
+    def _ranges(self, rules):
+        """The ranges of the activations as litert-quantizer takes them."""
+        model = schema.ModelT.InitFromPackedBuf(self.content)
+        names = [tensor.name.decode() for tensor in model.subgraphs[0].tensors]
+        tight = {self.calibration.image}  # and whatever an operation of fewer bits reads or writes
+        for operator in model.subgraphs[0].operators:
+            output = names[operator.outputs[0]]
+            if _config(rules, operation_name(model, operator), output) != _INT16:
+                tight |= {names[i] for i in (*operator.inputs, *operator.outputs) if i >= 0}
+        return {
+            name: {"min": factor * low, "max": factor * high}
+            for name, (low, high) in self.calibration.ranges.items()
+            for factor in [1 if name in tight else _HEADROOM]
         }
-        content, rules, weight_ranges = _round_weights(content, rules, calibration)
-        ranges.update(weight_ranges)
-    model = quantizer.Quantizer(content)
-    for regex, operation, config in rules:
-        algorithm = AlgorithmName.MIN_MAX_UNIFORM_QUANT if config else AlgorithmName.NO_QUANTIZE
-        model.update_quantization_recipe(regex, operation, config, algorithm)
-    result = model.quantize(ranges, enable_progress_report=False, enable_progress_bar=False)
-    content = result.quantized_model
-    return pack(schema.ModelT.InitFromPackedBuf(content), content)
+
+    def _round_weights(self, rules):
+        """Rounds the weights of the dense layers to the values that they will have.
+
+        Returns:
+            The bytes of the file with these weights, the rules, with one more for each layer that
+            does not fit its rule, and the ranges of the weights, of which litert-quantizer makes
+            the scales.
+        """
+        model = schema.ModelT.InitFromPackedBuf(self.content)
+        ranges = {}
+        for layer in dense_layers(model):
+            config = _config(rules, _Op.FULLY_CONNECTED, layer.name)
+            if config is None:
+                continue
+            rounded = self._round(model, layer, config.weight_tensor_config)
+            if rounded is None:
+                rules = (*rules, (f"^{re.escape(layer.name)}", _Op.FULLY_CONNECTED, _DYNAMIC))
+                rounded = self._round(model, layer, _WEIGHTS)
+            weights, bias, limits = rounded
+            _set(model, layer.weights, weights)
+            if layer.bias is not None:
+                _set(model, layer.bias, bias)
+            name = model.subgraphs[0].tensors[layer.weights].name.decode()
+            ranges[name] = {"min": -limits, "max": limits}
+        return pack(model, self.content), rules, ranges
+
+    def _round(self, model, layer, config):
+        """The rounded weights `(M, K)` of a dense layer, its bias, and the limits of its scales.
+
+        None if the layer does not fit the configuration.
+        """
+        key = layer.name, config.num_bits
+        if key not in self._rounded:
+            self._rounded[key] = self._round_anew(model, layer, config)
+        return self._rounded[key]
+
+    def _round_anew(self, model, layer, config):
+        kernel = constant(model, layer.weights).T.astype("float64")
+        mean = self.calibration.means[layer.input]
+        hessian = self.calibration.covariances[layer.input]
+        if layer.bias is None:  # which takes care of the mean
+            hessian = hessian + np.outer(mean, mean)
+        scales = _scales(kernel, np.diag(hessian), config)
+        if scales is None:
+            return None
+        rounded = round_weights(kernel, hessian, scales, config.num_bits)
+        bias = None
+        if layer.bias is not None:  # the mean of the outputs stays
+            bias = constant(model, layer.bias) + mean @ (kernel - rounded)
+        limits = np.float32(scales.T * (2 ** (config.num_bits - 1) - 1))
+        return np.float32(rounded.T), bias, limits
 
 
-def _config(rules, name):
-    """The configuration of a dense layer: that of the last rule that speaks of it, or None."""
+def _config(rules, kind, name):
+    """The configuration of an operation: that of the last rule that speaks of it, or None."""
     fitting = [
         config
         for regex, operation, config in rules
-        if operation in (_Op.ALL_SUPPORTED, _Op.FULLY_CONNECTED) and re.search(regex, name)
+        if operation in (_Op.ALL_SUPPORTED, kind) and re.search(regex, name)
     ]
     return fitting[-1] if fitting else None
-
-
-def _round_weights(content, rules, calibration):
-    """Rounds the weights of the dense layers to the values that they will have.
-
-    Returns:
-        The bytes of the file with these weights, the rules, with one more for each layer that
-        does not fit its rule, and the ranges of the weights, of which litert-quantizer makes the
-        scales.
-    """
-    model = schema.ModelT.InitFromPackedBuf(content)
-    ranges = {}
-    for layer in dense_layers(model):
-        config = _config(rules, layer.name)
-        if config is None:
-            continue
-        kernel = constant(model, layer.weights).T.astype("float64")
-        hessian = calibration.covariances[layer.input]
-        mean = calibration.means[layer.input]
-        if layer.bias is None:  # which takes care of the mean
-            hessian = hessian + np.outer(mean, mean)
-        scales = _scales(kernel, np.diag(hessian), config.weight_tensor_config)
-        if scales is None:
-            rules = (*rules, (re.escape(layer.name), _Op.FULLY_CONNECTED, _DYNAMIC))
-            scales = _scales(kernel, np.diag(hessian), _WEIGHTS)
-            config = _DYNAMIC
-        bits = config.weight_tensor_config.num_bits
-        rounded = round_weights(kernel, hessian, scales, bits)
-        _set(model, layer.weights, rounded.T)
-        if layer.bias is not None:  # the mean of the outputs stays
-            bias = constant(model, layer.bias)
-            _set(model, layer.bias, bias + mean @ (kernel - rounded))
-        name = model.subgraphs[0].tensors[layer.weights].name.decode()
-        limits = np.float32(scales.T * (2 ** (bits - 1) - 1))
-        ranges[name] = {"min": -limits, "max": limits}
-    return pack(model, content), rules, ranges
 
 
 def _scales(kernel, importance, config):

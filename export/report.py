@@ -9,6 +9,10 @@ import shlex
 import sys
 
 from ai_edge_litert import schema_py_generated as schema
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from keras_vit.files import check_new, write_text
 from keras_vit.versions import versions
@@ -37,6 +41,10 @@ class ExportReport:
         note: what is not as it could be, or None.
         command: the command line that exported.
         versions: package -> version.
+        sensitivity: layer name -> signal-to-noise ratio in dB of the logits with that layer alone
+            quantized; empty if it was not measured.
+        fallback: layer name -> precision that it was given instead of the mode's, such as
+            "float32" or "dynamic_int8".
     """
 
     path: str
@@ -49,6 +57,8 @@ class ExportReport:
     note: str | None
     command: str
     versions: dict
+    sensitivity: dict = dataclasses.field(default_factory=dict)
+    fallback: dict = dataclasses.field(default_factory=dict)
 
     @classmethod
     def create(cls, path, *, note=None, **fields):
@@ -128,6 +138,38 @@ def size_bytes(path):
     path = pathlib.Path(path)
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def markdown_table(columns, rows):
+    """Returns a table in Markdown, its first column on the left and the others on the right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def terminal_tables(columns, rows, split, notes, red=()):
+    """Returns two tables for a terminal of 80 columns, both with the names, and notes below.
+
+    Args:
+        columns: titles; of two words each stands on a line of its own.
+        rows: lists of cells; the first is a name, which is folded where a terminal is narrow.
+        split: number of columns of the first table.
+        notes: sentences.
+        red: names of the rows in red.
+    """
+    tables = [Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)) for _ in range(2)]
+    for table, part in zip(tables, (slice(1, split), slice(split, None)), strict=True):
+        table.add_column(columns[0], min_width=7, overflow="fold")
+        for column in columns[part]:
+            table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
+        for row in rows:
+            cells = map(Text, (row[0], *row[part]))  # not strings, whose brackets are markup
+            table.add_row(*cells, style="red" if row[0] in red else None)
+    return Group(*tables, *map(Text, notes))
+
+
+def three_digits(value):
+    """Formats a number with three digits and no exponent for large ones."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def write_new_text(path, text, overwrite=False):

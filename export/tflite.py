@@ -1,6 +1,7 @@
 """Export to `.tflite`: static batch 1, float32 images in, builtin operations only."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import subprocess
@@ -12,6 +13,7 @@ import tensorflow as tf
 
 from keras_vit.files import replacing
 
+from .benchmark import progress_bar
 from .deployment import deploy
 from .equalization import equalize, fit_float16
 from .metadata import add_metadata
@@ -25,10 +27,12 @@ from .saved_model import (
     write_endpoints,
 )
 
-MODES = ("fp32", "fp16", "dynamic_int8", "int8_mixed", "int4")
-_QUANTIZED_MODES = ("dynamic_int8", "int8_mixed", "int4")
-_CALIBRATED_MODES = ("int8_mixed", "int4")  # they cannot do without images
-_EQUALIZED_MODES = ("dynamic_int8", "int8_mixed")
+CPU_MODES = ("fp32", "fp16", "dynamic_int8", "int8_mixed", "int4")
+NPU_MODES = ("int8_full", "a16w8")  # slow on a CPU
+MODES = CPU_MODES + NPU_MODES
+_CALIBRATED_MODES = ("int8_mixed", "int4", *NPU_MODES)  # they cannot do without images
+_QUANTIZED_MODES = ("dynamic_int8", *_CALIBRATED_MODES)
+_EQUALIZED_MODES = ("dynamic_int8", "int8_mixed", *NPU_MODES)
 
 
 def export_tflite(
@@ -39,6 +43,9 @@ def export_tflite(
     calibration=None,
     labels=None,
     activation=None,
+    io_dtype="float32",
+    held_out=None,
+    max_drop=None,
     overwrite=False,
 ):
     """Exports a Keras classifier as a `.tflite` file for LiteRT.
@@ -55,6 +62,9 @@ def export_tflite(
     | `int8_mixed`   | int8, one scale a channel | int8 in dense layers and attention, the | 1/4  |
     |                |                           | ranges fixed by calibration; else float |      |
     | `int4`         | int4, one scale to 32     | int8 in dense layers, else float32      | 1/6  |
+    | `int8_full`    | int8, one scale a channel | integers only, for NPUs: int8, norms    | 1/4  |
+    |                |                           | and residual stream int16; CPUs: slow   |      |
+    | `a16w8`        | int8, one scale a channel | int16 only, for NPUs; CPUs: very slow   | 1/4  |
 
     A model of `build_vit`, with its own head or another, and a model that has one as a layer, are
     written anew for it (see `graph.py`): one piece for a delegate, at most rank 4. Other Keras
@@ -68,11 +78,18 @@ def export_tflite(
         path: file to write; ends in `.tflite`.
         mode: one of `MODES`.
         calibration: images as the model takes them, an array (N, H, W, C) or a `tf.data.Dataset`
-            of images or batches of images; some 64 of the training set. `int8_mixed` and `int4`
-            need them, `dynamic_int8` is nearer to the model with them, `fp32` and `fp16` take
-            no notice.
+            of images or batches of images; some 64 of the training set. `dynamic_int8` is nearer to
+            the model with them, `fp32` and `fp16` take no notice; the others need them.
         labels: optional sequence of class names, written into the file and the report.
         activation: "softmax" puts one behind the model's logits; None leaves them as they are.
+        io_dtype: "float32", or "uint8" or "int8", with the modes for NPUs: type of the images and
+            of the output. The file says what an integer stands for (scale and zero point); pixels
+            are fed to uint8 as they are.
+        held_out: images as the model takes them (N, H, W, C) and their labels `(N,)`, integers,
+            that neither trained nor calibrated it; with `max_drop`.
+        max_drop: how many percent of the held-out images a quantized file may get wrong more than
+            the float32 one. Where a mode loses more, the layers that cost most get a higher
+            precision, as few as hold it; the report says what each layer costs, and which did.
         overwrite: whether an existing file may be replaced.
 
     Returns:
@@ -82,8 +99,9 @@ def export_tflite(
         TypeError: if `model` is not a `keras.Model`, or `labels` are not strings.
         ValueError: if `mode` or `activation` is unknown, `path` has another suffix or exists, the
             model has several inputs or outputs or sizes that are not static, the number of
-            `labels` is not the number of classes, or the calibration images are missing, of
-            another shape or not finite.
+            `labels` is not the number of classes, the calibration images are missing, of another
+            shape or not finite, `io_dtype` does not go with the mode, `held_out` is missing or
+            does not fit the model, or no choice of layers holds `max_drop`.
         RuntimeError: if the conversion fails. Nothing is left at `path` then.
     """
     if mode not in MODES:
@@ -98,10 +116,14 @@ def export_tflite(
     if path.suffix != ".tflite":
         raise ValueError(f"`path` must end in `.tflite`. Received: path='{path}'.")
     check_target(path, overwrite, pathlib.Path.is_file, "a file")
-    images = _calibration_images(calibration, mode, model.inputs[0].shape[1:])
-    deployment = _for_mode(deploy(as_float32(model)), mode, images)
+    job = {"mode": mode, "activation": activation, "io_dtype": io_dtype, "max_drop": max_drop}
+    _check_io_dtype(io_dtype, mode)
+    arrays = {"images": _calibration_images(calibration, mode, model.inputs[0].shape[1:])}
+    arrays |= _held_out(held_out, max_drop, mode, model)
+    deployment = _for_mode(deploy(as_float32(model)), mode, arrays["images"])
     with replacing(path) as output:
-        _write(deployment, output, mode, images, activation)
+        job["takes_pixels"] = takes_pixels(model)
+        measured = _write(deployment, output, job, arrays)
         if takes_pixels(model):
             described = add_metadata(
                 output.read_bytes(),
@@ -110,9 +132,48 @@ def export_tflite(
                 labels=labels,
             )
             output.write_bytes(described)
-    return ExportReport.create(
-        path, mode=mode, labels=labels, note=deployment.note, **describe_tflite(path)
-    )
+    fields = {**describe_tflite(path), **measured}
+    return ExportReport.create(path, mode=mode, labels=labels, note=deployment.note, **fields)
+
+
+def _check_io_dtype(io_dtype, mode):
+    if io_dtype not in ("float32", "uint8", "int8"):
+        raise ValueError(
+            f'`io_dtype` must be "float32", "uint8" or "int8". Received: io_dtype={io_dtype!r}.'
+        )
+    if io_dtype != "float32" and mode not in NPU_MODES:
+        raise ValueError(
+            f"`io_dtype` must be float32 except in the modes {NPU_MODES}, which compute with "
+            f"integers alone. Received: io_dtype={io_dtype!r}, mode={mode!r}."
+        )
+
+
+def _held_out(held_out, max_drop, mode, model):
+    """The images and labels to hold `max_drop` on, as arrays by name; empty without it."""
+    if (held_out is None) != (max_drop is None):
+        raise ValueError(
+            "`held_out` and `max_drop` go together. Received: "
+            f"held_out={'images' if held_out else None}, max_drop={max_drop}."
+        )
+    if max_drop is None or mode not in _QUANTIZED_MODES:
+        return {}
+    if not 0 <= max_drop <= 100:
+        raise ValueError(f"`max_drop` must be in [0, 100] %. Received: max_drop={max_drop}.")
+    images, labels = (np.asarray(array) for array in held_out)
+    shape, classes = tuple(model.inputs[0].shape[1:]), model.outputs[0].shape[-1]
+    if images.shape[1:] != shape or labels.shape != images.shape[:1] or len(images) < 2:
+        raise ValueError(
+            f"`held_out` must be images (N, {', '.join(map(str, shape))}) and labels (N,), N >= 2. "
+            f"Received: shapes {images.shape} and {labels.shape}."
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"The labels must be integers. Received: dtype={labels.dtype}.")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"The labels must be classes in [0, {classes}). Received: values from {labels.min()} "
+            f"to {labels.max()}."
+        )
+    return {"held_out": images, "labels": labels}
 
 
 def _calibration_images(calibration, mode, shape):
@@ -159,58 +220,80 @@ def _for_mode(deployment, mode, images):
         )
     if mode in _EQUALIZED_MODES and images is not None:
         inputs = np.asarray(deployment.vit_inputs(images))
-        return dataclasses.replace(deployment, vit=equalize(deployment.vit, inputs))
+        vit = dataclasses.replace(deployment.vit, float_norms=mode not in NPU_MODES)
+        return dataclasses.replace(deployment, vit=equalize(vit, inputs))
     return deployment
 
 
-def _write(deployment, output, mode, images, activation):
-    """Writes the deployment as a SavedModel and has it converted."""
+def _write(deployment, output, job, arrays):
+    """Writes the deployment as a SavedModel and has it converted; returns what was measured."""
 
     def serve(images):
         y = tf.cast(deployment(images), tf.float32)
-        return {"logits": y} if activation is None else {"probabilities": tf.nn.softmax(y)}
+        is_softmax = job["activation"] == "softmax"
+        return {"probabilities": tf.nn.softmax(y)} if is_softmax else {"logits": y}
 
     shape = (1, *deployment.model.inputs[0].shape[1:])
-    with tempfile.TemporaryDirectory() as folder:
-        saved_model = os.path.join(folder, "saved_model")
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
         spec = tf.TensorSpec(shape, tf.float32, "images")
-        write_endpoints(saved_model, {"serving_default": (serve, spec)})
-        if images is not None:
-            np.save(os.path.join(folder, "images.npy"), images)
-        _run_converter(folder, output.absolute(), mode, images is not None)
+        write_endpoints(str(folder / "saved_model"), {"serving_default": (serve, spec)})
+        for key, array in arrays.items():
+            if array is not None:
+                np.save(folder / f"{key}.npy", array)
+        job = {**job, "calibrated": arrays["images"] is not None}
+        (folder / "job.json").write_text(json.dumps(job))
+        _run_converter(folder, output.absolute(), job["mode"])
+        measured = json.loads((folder / "report.json").read_text())
+    if "error" in measured:
+        raise ValueError(measured["error"])
+    return measured
 
 
-def _run_converter(folder, output, mode, calibrated):
+def _run_converter(folder, output, mode):
     """Runs `keras_vit.export.convert` in a process of its own, which gives its memory back.
 
     Args:
-        folder: where `saved_model` and `images.npy` are.
+        folder: where `saved_model`, `job.json` and the arrays `images.npy`, `held_out.npy` and
+            `labels.npy` are, and `report.json` will be.
         output: file to write.
         mode: one of `MODES`.
-        calibrated: whether there are images.
 
     Raises:
         RuntimeError: with the end of what the process wrote, if it fails.
     """
-    command = [sys.executable, "-m", "keras_vit.export.convert", "saved_model", str(output)]
-    command += ["--mode", mode] + (["--images", "images.npy"] if calibrated else [])
     environment = {
         **os.environ,
         # The same packages as here, and no hold on the GPU that trains.
         "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
         "CUDA_VISIBLE_DEVICES": "-1",
     }
-    process = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    if process.returncode != 0:
-        raise RuntimeError(
-            f"The TFLite converter failed in mode {mode!r} with exit status "
-            f"{process.returncode}. It wrote:\n{process.stderr[-4000:]}"
+    with progress_bar() as progress, open(folder / "stderr", "w+", errors="replace") as errors:
+        task = progress.add_task(mode, total=None)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "keras_vit.export.convert", str(output)],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
+        with process:
+            for line in process.stdout:
+                _show(progress, task, mode, line)
+        if process.returncode != 0:
+            errors.seek(0)
+            raise RuntimeError(
+                f"The TFLite converter failed in mode {mode!r} with exit status "
+                f"{process.returncode}. It wrote:\n{errors.read()[-4000:]}"
+            )
+
+
+def _show(progress, task, mode, line):
+    """Shows a line of the converter: what it does, steps done, steps in all."""
+    try:
+        what, done, total = json.loads(line)
+    except ValueError:  # something else of what it imports
+        return
+    progress.update(task, description=f"{mode}: {what}", completed=done, total=total)

@@ -4,22 +4,28 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
+import shlex
 import statistics
+import sys
 import types
 
 import keras
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from keras_vit.versions import versions
 
-from .benchmark import interleaved, progress_bar
+from .benchmark import available_cores, describe_graph, interleaved, progress_bar
 from .precision import as_float32
-from .report import plain, size_bytes, write_new_text
+from .report import (
+    markdown_table,
+    plain,
+    size_bytes,
+    terminal_tables,
+    three_digits,
+    write_new_text,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,8 @@ LIMITS = types.MappingProxyType(
         "dynamic_int8": Limit(agreement=0.98),
         "int8_mixed": Limit(agreement=0.95),
         "int4": Limit(agreement=0.9),
+        "int8_full": Limit(agreement=0.95),
+        "a16w8": Limit(agreement=0.98),
     }
 )
 
@@ -60,7 +68,14 @@ class Comparison:
             file that gives these; infinite where one is not finite.
         agreement: share of the images with the same top-1 class as the model.
         accuracy: share of the images whose top-1 class is the label.
-        latency_ms_min, latency_ms_median: of one image.
+        drop: points of accuracy, in percent, that the model has and the file has not.
+        latency_ms_min, latency_ms_median: of one image, on one thread; of a SavedModel on
+            TensorFlow's threads.
+        latency_ms_min_all_cores, latency_ms_median_all_cores: of one image, of a `.tflite` file
+            on as many threads as there are cores.
+        operations: number of operations of a `.tflite` file.
+        partitions: number of pieces of its graph that XNNPACK takes over; 1 is the goal.
+        quantized_share: share of its weights that are integers, in [0, 1].
         failures: what is wrong with it, in sentences.
     """
 
@@ -71,12 +86,19 @@ class Comparison:
     mean_error: float | None = None
     agreement: float | None = None
     accuracy: float | None = None
+    drop: float | None = None
     latency_ms_min: float | None = None
     latency_ms_median: float | None = None
+    latency_ms_min_all_cores: float | None = None
+    latency_ms_median_all_cores: float | None = None
+    operations: int | None = None
+    partitions: int | None = None
+    quantized_share: float | None = None
     failures: tuple = ()
 
 
-_COLUMNS = ("file", "MB", "max err", "mean err", "agree", "accuracy", "ms min", "ms med")
+_QUALITY = ("file", "MB", "max err", "mean err", "agree", "accuracy", "drop", "pass")
+_WORST_LAYERS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +108,29 @@ class Verification:
     Attributes:
         rows: tuple of `Comparison`.
         images: number of images compared.
+        cores: number of cores that were there to use.
+        command: the command line that compared.
         versions: package -> version.
+        exports: name of a file -> `ExportReport` on it, for those that have one.
     """
 
     rows: tuple
     images: int
+    cores: int
+    command: str
     versions: dict
+    exports: dict = dataclasses.field(default_factory=dict)
 
     @property
     def failures(self):
         """Sentences that say which file fails in what; empty if all pass."""
         return tuple(failure for row in self.rows for failure in row.failures)
+
+    @property
+    def notes(self):
+        """Sentences about the layers that quantization costs most, and what became of them."""
+        reports = ((name, report) for name, report in self.exports.items() if report)
+        return tuple(note for name, report in reports for note in _notes(name, report))
 
     def check(self):
         """Raises ValueError with all failures if there are any."""
@@ -105,11 +139,15 @@ class Verification:
 
     def relative_to(self, folder):
         """Returns the same with the paths of files below a folder relative to it."""
-        rows = tuple(
-            row if row.path is None else dataclasses.replace(row, path=_relative(row.path, folder))
-            for row in self.rows
-        )
-        return dataclasses.replace(self, rows=rows)
+
+        def moved(entry):
+            if entry is None or entry.path is None:
+                return entry
+            path = pathlib.Path(entry.path).relative_to(folder).as_posix()
+            return dataclasses.replace(entry, path=path)
+
+        exports = {name: moved(report) for name, report in self.exports.items()}
+        return dataclasses.replace(self, rows=tuple(map(moved, self.rows)), exports=exports)
 
     def as_dict(self):
         """Returns rows and failures as plain dictionaries, lists, strings and numbers."""
@@ -119,61 +157,137 @@ class Verification:
         """Writes the comparison as JSON. Raises ValueError if `path` exists, unless `overwrite`."""
         write_new_text(path, json.dumps(self.as_dict(), indent=2) + "\n", overwrite)
 
-    def to_markdown(self, path=None, *, overwrite=False):
+    def to_markdown(self, path=None, *, plot=None, overwrite=False):
         """Returns the comparison as a Markdown table, and writes it if `path` is given.
+
+        Args:
+            path: file to write.
+            plot: path of a picture to show, relative to the file.
+            overwrite: whether an existing file may be replaced.
 
         Raises:
             ValueError: if `path` exists and `overwrite` is False.
         """
-        columns = (*_COLUMNS, "pass")
-        lines = [columns, ["---", *["---:"] * (len(columns) - 2), "---"], *map(_cells, self.rows)]
-        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        text += f"\n{self._caption()}\n"
-        text += "".join(f"- {failure}\n" for failure in self.failures)
+        text = markdown_table(self._columns(), map(_cells, self.rows))
+        text += f"\n{self._caption()}\n\nCommand: `{self.command}`\n"
+        lines = [*self.failures, *self.notes]
+        text += "\n" * bool(lines) + "".join(f"- {line}\n" for line in lines)
+        if plot is not None:
+            text += f"\n![Accuracy, latency and size]({plot})\n"
         if path is not None:
             write_new_text(path, text, overwrite)
         return text
 
     def table(self):
-        """Returns the comparison as a `rich.table.Table`."""
-        table = Table(
-            caption=self._caption(), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-        )
-        for column in _COLUMNS:
-            table.add_column(column, justify="left" if column == "file" else "right", no_wrap=True)
-        table.add_column("pass")
-        for row in self.rows:
-            table.add_row(*_cells(row), style="red" if row.failures else None)
-        return table
+        """Returns the comparison as what rich prints: one table of quality, one of speed."""
+        columns, rows = self._columns(), list(map(_cells, self.rows))
+        failing = [row.name for row in self.rows if row.failures]
+        return terminal_tables(columns, rows, len(_QUALITY), [self._caption()], failing)
+
+    def plot(self, path, *, overwrite=False):
+        """Draws accuracy against latency, the size as area, and the most sensitive layers.
+
+        Without labels, and so accuracies, the top-1 agreement with the model takes their place.
+
+        Args:
+            path: file to write; its suffix, such as `.png` or `.svg`, says the format.
+            overwrite: whether an existing file may be replaced.
+
+        Raises:
+            ValueError: if nothing was timed, `path` exists and `overwrite` is False, or it has an
+                unknown suffix.
+        """
+        from .plots import draw_files, draw_sensitivity, save_panels
+
+        model, *_ = self.rows
+        known = "agreement" if model.accuracy is None else "accuracy"
+        files = [
+            (row.name, row.size_bytes, latencies, getattr(row, known))
+            for row in self.rows
+            if (latencies := self._latencies(row))
+        ]
+        if not files:
+            raise ValueError("A plot needs latencies: verify with rounds >= 1. Received: none.")
+        label = f"top-1 {known}"
+        panels = [functools.partial(draw_files, files=files, label=label, reference=model.accuracy)]
+        for name, report in self.exports.items():
+            if report and report.sensitivity:
+                panels.append(functools.partial(draw_sensitivity, name=name, report=report))
+        save_panels(path, panels, overwrite=overwrite)
+
+    def _latencies(self, row):
+        """Threads -> ms of a row; TensorFlow runs a SavedModel on all cores."""
+        if row.latency_ms_min is None:
+            return {}
+        if row.latency_ms_min_all_cores is None:
+            return {self.cores: row.latency_ms_min}
+        return {1: row.latency_ms_min, self.cores: row.latency_ms_min_all_cores}
+
+    def _columns(self):
+        latencies = [f"{ms} x{n}" for n in (1, self.cores) for ms in ("ms", "med")]
+        return [*_QUALITY, *latencies, "ops", "parts", "int"]
 
     def _caption(self):
         return (
-            f"{self.images} images, compared with the model in float32. Latency of one image: "
-            ".tflite on one thread, SavedModel on TensorFlow's threads."
+            f"{self.images} images, compared with the model in float32; drop: points of accuracy "
+            "lost. ms xN, med xN: one image on N threads, minimum and median, the files in turns; "
+            "SavedModel on TensorFlow's threads. parts: pieces of the graph that XNNPACK takes "
+            "over; int: share of the weights that are integers."
         )
-
-
-def _relative(path, folder):
-    return pathlib.Path(path).relative_to(folder).as_posix()
 
 
 def _cells(row):
     """Formats a row; a dash for what was not measured."""
     size = None if row.size_bytes is None else row.size_bytes / 1e6
-    values = (size, row.max_error, row.mean_error, row.agreement, row.accuracy)
-    values += (row.latency_ms_min, row.latency_ms_median)
-    formats = ("{:.3g}", "{:.1e}", "{:.1e}", "{:.4f}", "{:.4f}", "{:.3g}", "{:.3g}")
-    cells = ["-" if v is None else f.format(v) for f, v in zip(formats, values, strict=True)]
-    return [row.name, *cells, "FAIL" if row.failures else "ok"]
+    latencies = (row.latency_ms_min, row.latency_ms_median)
+    latencies += (row.latency_ms_min_all_cores, row.latency_ms_median_all_cores)
+    return [
+        row.name,
+        _cell(size, three_digits),
+        *(_cell(error, "{:.1e}".format) for error in (row.max_error, row.mean_error)),
+        *(_cell(share, "{:.4f}".format) for share in (row.agreement, row.accuracy)),
+        _cell(row.drop, "{:.2f}".format),
+        "FAIL" if row.failures else "ok",
+        *(_cell(latency, three_digits) for latency in latencies),
+        *(_cell(count, str) for count in (row.operations, row.partitions)),
+        _cell(row.quantized_share, "{:.0%}".format),
+    ]
+
+
+def _cell(value, form):
+    return "-" if value is None else form(value)
+
+
+def _notes(name, report):
+    if report.fallback:
+        layers = (f"{layer} ({precision})" for layer, precision in report.fallback.items())
+        yield f"{name}: left at a higher precision are {', '.join(layers)}."
+    if report.sensitivity:
+        worst = sorted(report.sensitivity.items(), key=lambda item: item[1])[:_WORST_LAYERS]
+        layers = (f"{layer} {ratio:.1f} dB" for layer, ratio in worst)
+        yield (
+            f"{name}: the layers that quantization costs most, by the signal-to-noise ratio of the "
+            f"logits with that layer alone quantized: {', '.join(layers)}."
+        )
 
 
 def verify(
-    model, files, images, labels=None, *, limits=LIMITS, batch_size=32, rounds=30, seconds=5.0
+    model,
+    files,
+    images,
+    labels=None,
+    *,
+    limits=LIMITS,
+    batch_size=32,
+    rounds=30,
+    seconds=5.0,
+    exports=None,
 ):
     """Runs a model and files exported from it on the same images and compares their logits.
 
     The latencies are interleaved: every round times each file once on one image, so that a
-    disturbance of the machine meets all of them alike.
+    disturbance of the machine meets all of them alike; first on one thread, then the `.tflite`
+    files on all cores.
 
     Args:
         model: the `keras.Model`, or the path of a file, that the others are compared with. A
@@ -188,25 +302,31 @@ def verify(
         limits: mapping of names to `Limit`.
         batch_size: images that the model and SavedModels take at a time.
         rounds: number of timings of each file; 0 for none.
-        seconds: the timing stops after the round that passes this time.
+        seconds: the timing on a number of threads stops after the round that passes this time.
+        exports: optional mapping of names of `files` to the `ExportReport` on them, or None, for
+            the comparison to hold.
 
     Returns:
         A `Verification`. Call its `check()` to raise on failures.
 
     Raises:
         TypeError: if `images` or `labels` have another dtype.
-        ValueError: if there are no files, a path is missing or of another kind, or the shapes
-            of images, labels, files and model do not fit each other.
+        ValueError: if there are no files, a path is missing or of another kind, `exports` names
+            another file, or the shapes of images, labels, files and model do not fit each
+            other.
     """
     images = _check_images(images)
     paths = {name: _check_path(path) for name, path in dict(files).items()}
     if not paths:
         raise ValueError(f"`files` must map names to paths. Received: files={files!r}.")
+    exports = dict(exports or {})
+    if unknown := sorted(exports.keys() - paths.keys()):
+        raise ValueError(f"`exports` must be of names of {sorted(paths)}. Received: {unknown}.")
     with progress_bar() as progress, _full_float32():
-        task = progress.add_task("Verifying", total=len(images) * (len(paths) + 1) + rounds)
+        task = progress.add_task("Verifying", total=len(images) * (len(paths) + 1) + 2 * rounds)
 
         def outputs(source):
-            run = _runner(source, images.shape[1:], os.cpu_count())
+            run = _runner(source, images.shape[1:], available_cores())
             return _run_all(run, images, batch_size, lambda n: progress.advance(task, n))
 
         expected = outputs(model)
@@ -216,8 +336,19 @@ def verify(
             pair = _alike(path, outputs(path), model, expected)
             rows.append(_compare(name, path, *pair, labels, limits.get(name)))
         timings = _latencies(paths, images[:1], rounds, seconds, lambda: progress.advance(task))
-    rows = [dataclasses.replace(row, **timings.get(row.name, {})) for row in rows]
-    return Verification(rows=tuple(rows), images=len(images), versions=versions())
+    first, *others = rows
+    others = [
+        dataclasses.replace(row, drop=_drop(first, row), **timings.get(row.name, {}))
+        for row in others
+    ]
+    return Verification(
+        rows=(first, *others),
+        images=len(images),
+        cores=available_cores(),
+        command=shlex.join(sys.argv),
+        versions=versions(),
+        exports=exports,
+    )
 
 
 @contextlib.contextmanager
@@ -315,22 +446,41 @@ def _tflite(path, threads):
     interpreter.allocate_tensors()
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
     dtypes = [details["dtype"] for details in inputs + outputs]
-    if dtypes != [np.float32, np.float32]:
+    if len(dtypes) != 2 or not set(dtypes) <= {np.float32, np.uint8, np.int8}:
         raise ValueError(
-            f"A `.tflite` file must have one float32 input and output. Received: path='{path}' "
-            f"with {len(inputs)} inputs and {len(outputs)} outputs of dtypes "
+            "A `.tflite` file must have one input and output of float32, uint8 or int8. Received: "
+            f"path='{path}' with {len(inputs)} inputs and {len(outputs)} outputs of dtypes "
             f"{[np.dtype(dtype).name for dtype in dtypes]}."
         )
 
     def run(images):
         logits = []
         for image in images:
-            interpreter.set_tensor(inputs[0]["index"], image[None])
+            interpreter.set_tensor(inputs[0]["index"], _quantized(image[None], inputs[0]))
             interpreter.invoke()
-            logits.append(interpreter.get_tensor(outputs[0]["index"])[0])
+            output = interpreter.get_tensor(outputs[0]["index"])[0]
+            logits.append(_dequantized(output, outputs[0]))
         return np.stack(logits)
 
     return inputs[0]["shape"].tolist(), run
+
+
+def _quantized(values, details):
+    """Float values as a tensor holds them."""
+    if details["dtype"] == np.float32:
+        return values
+    scale, zero_point = details["quantization"]
+    limits = np.iinfo(details["dtype"])
+    integers = np.rint(values / scale) + zero_point
+    return np.clip(integers, limits.min, limits.max).astype(limits.dtype)
+
+
+def _dequantized(values, details):
+    """What the values of a tensor stand for."""
+    if details["dtype"] == np.float32:
+        return values
+    scale, zero_point = details["quantization"]
+    return np.float32(scale) * (values.astype("float32") - zero_point)
 
 
 def _run_all(run, images, batch_size, advance):
@@ -393,10 +543,27 @@ def _compare(name, path, logits, expected, labels, limit):
         mean_error=float(errors.mean()),
         agreement=float(np.mean(logits.argmax(-1) == expected.argmax(-1))),
         accuracy=_accuracy(logits, labels),
+        **_graph(path),
     )
     scale = max(1.0, float(np.abs(expected).max()))
     failures = _non_finite(name, logits) + _beyond(row, limit, scale, len(logits))
     return dataclasses.replace(row, failures=failures)
+
+
+def _graph(path):
+    """The fields on the graph of a `.tflite` file."""
+    if path.is_dir():
+        return {}
+    facts = describe_graph(path)
+    return {
+        "operations": sum(facts.ops.values()),
+        "partitions": facts.partitions,
+        "quantized_share": facts.quantized_share,
+    }
+
+
+def _drop(model, row):
+    return None if row.accuracy is None else 100 * (model.accuracy - row.accuracy)
 
 
 def _accuracy(logits, labels):
@@ -431,12 +598,19 @@ def _latencies(paths, image, rounds, seconds, advance):
     if rounds < 1:
         return {}
     image = image.astype("float32")
+    fields = {name: {} for name in paths}
+    files = {name: path for name, path in paths.items() if not path.is_dir()}
+    for turn, threads, suffix in ((paths, 1, ""), (files, available_cores(), "_all_cores")):
+        times = _times(turn, image, threads, rounds, seconds, advance)
+        for name, ms in times.items():
+            fields[name][f"latency_ms_min{suffix}"] = min(ms)
+            fields[name][f"latency_ms_median{suffix}"] = statistics.median(ms)
+    return fields
+
+
+def _times(paths, image, threads, rounds, seconds, advance):
     runs = {
-        name: functools.partial(_runner(path, image.shape[1:], threads=1), image)
+        name: functools.partial(_runner(path, image.shape[1:], threads), image)
         for name, path in paths.items()
     }
-    times = interleaved(runs, rounds, seconds, advance)
-    return {
-        name: {"latency_ms_min": min(ms), "latency_ms_median": statistics.median(ms)}
-        for name, ms in times.items()
-    }
+    return interleaved(runs, rounds, seconds, advance)

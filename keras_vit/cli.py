@@ -163,7 +163,7 @@ def train(
 ):
     """Train a Vision Transformer, from scratch or from weights, and write a run folder.
 
-    SIGTERM saves a checkpoint and ends with exit status 0; --resume continues.
+    SIGTERM and Ctrl-C save a checkpoint and end with exit status 0; --resume continues.
     """
     if resume is not None:
         check_resume_options(context)
@@ -409,19 +409,31 @@ def export(
     out: Annotated[pathlib.Path | None, typer.Option(help="Folder (default: RUN/export).")] = None,
     modes: Annotated[
         list[str] | None,
-        typer.Option("--mode", help="May be given several times (default: all modes)."),
+        typer.Option("--mode", help="May be given several times (default: all for CPUs)."),
     ] = None,
     logits: Annotated[
         bool, typer.Option("--logits", help="TFLite files that give logits, not probabilities.")
     ] = False,
     calibration_images: Annotated[
-        int, typer.Option(help="Training images to calibrate int8 with.", min=1)
-    ] = 64,
+        int, typer.Option(help="Training images to calibrate integers with.", min=1)
+    ] = 128,
     images: Annotated[int, typer.Option(help="Held-out images to verify with.", min=1)] = 1000,
     min_agreement: Annotated[
         float | None,
         typer.Option(help="Top-1 agreement every file must reach (default: by its mode)."),
     ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of accuracy (%) that quantizing may cost on the validation images: the "
+            "layers that cost most get a higher precision until it holds.",
+            min=0,
+            max=100,
+        ),
+    ] = None,
+    io_dtype: Annotated[
+        str, typer.Option(help="float32, uint8 or int8 in and out (modes for NPUs).")
+    ] = "float32",
     data: DataOption = None,
     skip_unreadable: SkipOption = False,
     overwrite: OverwriteOption = False,
@@ -432,12 +444,13 @@ def export(
     """
     start_tensorflow()
     from keras_vit.data.pipeline import first_images
-    from keras_vit.export import LIMITS, MODES, verify
+    from keras_vit.export import CPU_MODES, LIMITS, MODES, NPU_MODES, verify
     from keras_vit.files import replacing, write_text
     from keras_vit.training import load_run
 
     if unknown := set(modes or ()) - set(MODES):
         raise ValueError(f"`--mode` must be one of {', '.join(MODES)}. Received: {min(unknown)}.")
+    modes = modes or (CPU_MODES if io_dtype == "float32" else NPU_MODES)
     run = load_run(run)
     out = out or run.folder / "export"
     check_export_folder(out, overwrite)
@@ -445,6 +458,9 @@ def export(
     data = run.data(data, skip_unreadable)
     held_out, labels = first_images(data.test, model.input_shape[1:3], images)
     calibration, _ = first_images(data.train, model.input_shape[1:3], calibration_images)
+    chosen_by = None
+    if max_drop is not None:  # what it is verified with has no part in the choice
+        chosen_by = first_images(data.validation, model.input_shape[1:3], images)
     limits = dict(LIMITS)
     if min_agreement is not None:
         limits = {
@@ -452,19 +468,25 @@ def export(
             for name, limit in limits.items()
         }
     with replacing(out) as folder:
-        files = export_files(
+        reports = export_files(
             run,
             model,
             folder,
-            modes or MODES,
+            modes,
             calibration=calibration,
             activation=None if logits else "softmax",
+            io_dtype=io_dtype,
+            held_out=chosen_by,
+            max_drop=max_drop,
         )
-        result = verify(model, files, held_out, labels, limits=limits).relative_to(folder)
+        files = {name: report.path for name, report in reports.items()}
+        result = verify(model, files, held_out, labels, limits=limits, exports=reports)
+        result = result.relative_to(folder)
         Console().print(result.table())
         result.check()
         result.to_json(folder / "report.json")
-        result.to_markdown(folder / "report.md")
+        result.plot(folder / "report.png")
+        result.to_markdown(folder / "report.md", plot="report.png")
         write_text(folder / "labels.txt", "\n".join(run.class_names) + "\n")
     print(f"-> {out}")
 
@@ -520,19 +542,19 @@ def check_export_folder(out, overwrite):
 
 
 def export_files(run, model, folder, modes, **options):
-    """Exports a run's model in every form; returns their paths by name."""
+    """Exports a run's model in every form; returns the `ExportReport` of each by name."""
     from keras_vit.export import export_saved_model, export_tflite
 
     files = {"saved_model": folder / "saved_model"}
     files |= {mode: folder / f"{run.model_name}_{mode}.tflite" for mode in modes}
-    console = Console(stderr=True)
+    reports, options = {}, {"labels": run.class_names, **options}
     for name, path in files.items():
-        with console.status(f"exporting {name}"):
-            if name == "saved_model":
-                export_saved_model(model, path, labels=run.class_names)
-            else:
-                export_tflite(model, path, mode=name, labels=run.class_names, **options)
-    return files
+        if name == "saved_model":
+            with Console(stderr=True).status("exporting saved_model"):
+                reports[name] = export_saved_model(model, path, labels=run.class_names)
+        else:
+            reports[name] = export_tflite(model, path, mode=name, **options)
+    return reports
 
 
 def run_name(data):

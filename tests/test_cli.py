@@ -126,18 +126,26 @@ def test_export(digits_run, exported):
         "vit_fp16.tflite",
         "vit_dynamic_int8.tflite",
         "vit_int8_mixed.tflite",
+        "vit_int4.tflite",
         "report.json",
         "report.md",
+        "report.png",
         "labels.txt",
     }
     assert (folder / "labels.txt").read_text().split() == digits_run.class_names
     for word in ("saved_model", "fp32", "fp16", "dynamic_int8", "int8_mixed", "agree"):
         assert word in out
         assert word in (folder / "report.md").read_text()
+    assert "![Accuracy, latency and size](report.png)" in (folder / "report.md").read_text()
     report = json.loads((folder / "report.json").read_text())
     assert f"{digits_run.info['results']['test_accuracy']:.4f}" in out
     assert report["failures"] == []
     rows = {row["name"]: row for row in report["rows"]}
+    assert report["command"].startswith(sys.argv[0])
+    for name, exported in report["exports"].items():
+        assert (exported["path"], exported["mode"]) == (rows[name]["path"], name)
+    assert report["exports"].keys() == rows.keys() - {"keras"}
+    assert rows["int8_mixed"]["partitions"] == 1
     assert min(row["accuracy"] for row in rows.values()) >= 0.97
     assert rows["fp32"]["max_error"] <= 1e-4
     assert rows["fp32"]["path"] == "vit_fp32.tflite"

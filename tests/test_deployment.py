@@ -270,14 +270,14 @@ def files(tmp_path_factory):
     files = {}
     for name, options in (("vit", {}), ("hybrid", {"variant": HYBRID, "pooling": "gap"})):
         model = build(**options)
-        for mode in export.MODES:
+        for mode in export.CPU_MODES:
             path = folder / f"{name}_{mode}.tflite"
             export.export_tflite(model, path, mode=mode, calibration=random_images(4))
             files[name, mode] = path
     return files
 
 
-@pytest.mark.parametrize("mode", export.MODES)
+@pytest.mark.parametrize("mode", export.CPU_MODES)
 @pytest.mark.parametrize("name", ["vit", "hybrid"])
 def test_files_are_one_partition(files, name, mode):
     graph = describe_graph(files[name, mode])

@@ -2,6 +2,8 @@
 
 import json
 import math
+import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -269,10 +271,10 @@ def test_as_float32_leaves_a_float32_model_alone(model):
 
 
 @pytest.fixture(scope="module")
-def verification(model, files):
+def verification(model, files, reports):
     images, labels = labelled_images(300)
     labels[:75] = (labels[:75] + 1) % CLASSES
-    return export.verify(model, files, images, labels, rounds=5)
+    return export.verify(model, files, images, labels, rounds=5, exports=reports)
 
 
 def test_verify_passes_every_mode(verification):
@@ -281,25 +283,41 @@ def test_verify_passes_every_mode(verification):
     keras_row, *rows = verification.rows
     assert (keras_row.name, keras_row.accuracy, keras_row.agreement) == ("keras", 0.75, None)
     assert [row.name for row in rows] == ["saved_model", *export.MODES]
+    largest = {"int8_mixed": 1, "int8_full": 1.5}
     for row in rows:
         assert row.agreement >= export.LIMITS[row.name].agreement
         assert row.accuracy == pytest.approx(0.75, abs=0.02)
-        assert 0 <= row.mean_error <= row.max_error < (1 if row.name == "int8_mixed" else 0.5)
+        assert 0 <= row.mean_error <= row.max_error < largest.get(row.name, 0.5)
+        assert row.drop == pytest.approx(75 - 100 * row.accuracy)
         assert 0 < row.latency_ms_min <= row.latency_ms_median
+    assert (keras_row.drop, keras_row.latency_ms_min, keras_row.operations) == (None, None, None)
     errors = {row.name: row.max_error for row in rows}
     assert errors["fp32"] < errors["fp16"] < errors["dynamic_int8"]
 
 
-def test_verification_is_written(verification, tmp_path):
-    verification.to_json(tmp_path / "check.json")
-    assert json.loads((tmp_path / "check.json").read_text()) == verification.as_dict()
-    text = verification.to_markdown(tmp_path / "check.md")
-    assert (tmp_path / "check.md").read_text() == text
-    assert text.count("| ok |") == len(verification.rows)
-    assert verification.table().row_count == len(verification.rows)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["check.json", "check.md"]
-    with pytest.raises(ValueError, match=r"check\.md exists already: pass overwrite=True"):
-        verification.to_markdown(tmp_path / "check.md")
+def test_verification_describes_the_graphs(verification, reports):
+    _, saved_model, *rows = verification.rows
+    assert (saved_model.operations, saved_model.partitions) == (None, None)
+    assert saved_model.latency_ms_min_all_cores is None
+    assert saved_model.quantized_share is None
+    for row in rows:
+        assert row.operations == sum(reports[row.name].ops.values())
+        assert (row.partitions == 1) == (row.name in export.CPU_MODES)
+        assert row.quantized_share == export.describe_graph(row.path).quantized_share
+        assert 0 < row.latency_ms_min_all_cores <= row.latency_ms_median_all_cores
+    shares = {row.name: row.quantized_share for row in rows}
+    assert (shares["fp32"], shares["fp16"]) == (0, 0)
+    assert shares["dynamic_int8"] > 0.9
+
+
+def test_verification_holds_the_reports(verification, reports):
+    assert verification.exports == reports
+    folder = pathlib.Path(reports["fp32"].path).parent
+    content = verification.relative_to(folder).as_dict()
+    fp32 = {**reports["fp32"].as_dict(), "path": "fp32.tflite"}
+    assert content["exports"]["fp32"] == fp32
+    assert [row["path"] for row in content["rows"][:3]] == [None, "saved", "fp32.tflite"]
+    assert verification.command == shlex.join(sys.argv)
 
 
 def test_verify_fails_for_a_file_of_other_weights(files):
@@ -370,6 +388,7 @@ def test_verify_compares_any_files(files):
         ({"labels": [0.5, 1.0]}, TypeError, "`labels` must be integers.*float64"),
         ({"labels": [1, 2, 3]}, ValueError, r"`labels` must be 2 classes.*shape=\(3,\)"),
         ({"labels": [1, 7]}, ValueError, r"in \[0, 7\).*values from 1 to 7"),
+        ({"exports": {"fp16": None}}, ValueError, r"names of \['fp32'\]. Received: \['fp16'\]"),
         ({"labels": [-1, 6]}, ValueError, r"in \[0, 7\).*values from -1 to 6"),
     ],
 )
@@ -394,7 +413,7 @@ def test_verify_refuses_a_file_with_two_outputs(model, files, tmp_path):
     builder.Finish(content.Pack(builder), b"TFL3")
     path = tmp_path / "two.tflite"
     path.write_bytes(builder.Output())
-    with pytest.raises(ValueError, match=r"one float32 input and output.*1 inputs and 2 outputs"):
+    with pytest.raises(ValueError, match=r"one input and output of float32, uint8 or int8.*1 inputs and 2 outputs"):
         export.verify(model, {"fp32": path}, random_images(2))
 
 

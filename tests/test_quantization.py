@@ -9,7 +9,7 @@ import keras_vit
 from keras_vit import export
 from keras_vit.export.calibration import calibrate, constant, dense_layers
 from keras_vit.export.gptq import choose_scales, round_weights
-from keras_vit.export.quantization import quantize
+from keras_vit.export.quantization import RULES, FloatFile
 
 SIZE = (24, 40)
 # The inputs of dense layers: 192 (patches), 48 and 96, of which 48 is no multiple of 32.
@@ -185,7 +185,7 @@ def values(model, tensor):
 @pytest.mark.parametrize("mode", ["dynamic_int8", "int4"])
 def test_files_hold_the_rounded_weights(content, mode):
     calibration = calibrate(content, random_images(8))
-    quantized = quantize(content, mode, calibration)
+    quantized = FloatFile(content, calibration).quantize(RULES[mode])
     plain = schema.ModelT.InitFromPackedBuf(content)
     weights = {name: rest for name, *rest in dense_tensors(quantized)}
     bits = {}
