@@ -419,7 +419,7 @@ def test_command(checkpoint, tmp_path):
 def test_errors_come_before_the_images_are_read(checkpoint, tmp_path, arguments, error, match):
     with pytest.raises(error, match=match):
         train(
-            "folder:/of/images/that/is/not/there",
+            f"folder:{tmp_path}",  # it has no images
             tmp_path / "run",
             **{"weights": checkpoint, "num_heads": 2, **arguments},
         )
