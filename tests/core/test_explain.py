@@ -262,9 +262,9 @@ def test_rollout_without_class_token_by_hand():
 
 
 def test_rollout_discards_the_lowest_by_hand():
-    """Of 9 entries int(.6 * 9) = 5 count as 0: 0, 0, 0, .25, .25 of A_1 and 0, 0, .2, .2, .2 of A_2.
+    """int(.6 * 9) = 5 entries count as 0: .25, .25 and three 0 of A_1, .2, .2, .2 and two 0 of A_2.
 
-    A'_1 = [[1, 0, 0], [0, 1, 0], [1/3, 0, 2/3]], the first row of A'_2 is [.5, .3, 0] / .8.
+    A'_1 = [[1, 0, 0], [0, 1, 0], [.25, 0, .75]], the first row of A'_2 is [.5, .3, 0] / .8.
     """
     grid = PatchGrid(1, 2, (4, 4))
     rollout = explain.attention_rollout(TWO_BLOCKS, grid, discard_ratio=0.6)
