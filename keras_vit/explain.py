@@ -462,10 +462,10 @@ def plot_attention(images, maps, *, captions=None):
     )
     for index, (picture, row) in enumerate(zip(pictures, rows, strict=True)):
         row[0].imshow(picture)
-        row[0].set_title(captions[index], fontsize=10)
+        row[0].set_title(captions[index], fontsize=10, parse_math=False)
         for (title, all_maps), axes in zip(maps.items(), row[1:], strict=True):
             _draw_heat(axes, picture, np.asarray(all_maps[index], "float64"))
-            axes.set_title(title, fontsize=10)
+            axes.set_title(title, fontsize=10, parse_math=False)
         for axes in row:
             axes.axis("off")
     return figure
@@ -493,7 +493,8 @@ def plot_attention_distance(distances):
     dots = np.repeat(blocks, heads)
     axes.plot(dots, distances.reshape(-1), "o", alpha=0.6, markeredgewidth=0, label="a head")
     axes.plot(blocks, distances.mean(axis=1), "-", color="0.3", label="mean of the block")
-    axes.set(xlabel="block", ylabel="mean attention distance (pixels)", ylim=(0, None))
+    axes.set(xlabel="block", ylabel="mean attention distance (pixels)")
+    axes.set_ylim(0, 1.05 * distances.max() or 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
