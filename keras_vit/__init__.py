@@ -14,6 +14,7 @@ if not (_here / "export").is_dir():
 # Importing Keras starts its backend, which takes seconds. The `keras-vit` command answers
 # `--help` without it: there, each subcommand imports what it needs.
 if pathlib.PurePath(sys.argv[0] if sys.argv else "").name not in ("keras-vit", "keras-vit.exe"):
+    from keras_vit import explain
     from keras_vit.config import VARIANTS, ViTConfig
     from keras_vit.hybrid import ResNetStem
     from keras_vit.layers import (
@@ -40,6 +41,7 @@ if pathlib.PurePath(sys.argv[0] if sys.argv else "").name not in ("keras-vit", "
         "TransformerBlock",
         "ViTConfig",
         "build_vit",
+        "explain",
         "from_checkpoint",
         "load_weights",
         "resize_model",

@@ -298,7 +298,9 @@ def evaluate(
     data: DataOption = None,
     skip_unreadable: SkipOption = False,
 ):
-    """Print accuracies and write them, with a confusion matrix, to RUN/evaluation.
+    """Print accuracies and write them to RUN/evaluation, with what the model confuses.
+
+    confusion.png is the confusion matrix, mistakes.png the most confident mistakes.
 
     The result of an earlier evaluation on the same images is replaced.
     """
@@ -348,6 +350,59 @@ def predict(
         return
     for path, classes in zip(images, predictions, strict=True):
         print(f"{path}: " + ", ".join(f"{name} {p:.3f}" for name, p in classes))
+
+
+@app.command()
+def explain(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            help="A run folder, or a checkpoint: a file, hf://OWNER/NAME or a URL.",
+        ),
+    ],
+    images: Annotated[
+        list[pathlib.Path],
+        typer.Argument(metavar="IMAGE...", help="Image files, and folders of them."),
+    ],
+    out: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Folder (default: RUN/explanation or runs/explain-CHECKPOINT)."),
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
+    count: Annotated[int, typer.Option(help="Images at most, the first ones.", min=1)] = 24,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Attention heads, if the checkpoint does not say.")
+    ] = None,
+    normalization: Annotated[
+        str | None, typer.Option(help="minus_one_one or imagenet (default: the checkpoint's).")
+    ] = None,
+    skip_unreadable: SkipOption = False,
+    overwrite: OverwriteOption = False,
+):
+    """Show where a model looks in your images, on a page with its pictures.
+
+    The page, OUT/index.html, needs no other file.
+    """
+    start_tensorflow()
+    from keras_vit.training.explanation import explain
+
+    if out is None:
+        run = pathlib.Path(source)
+        is_run = (run / "run.json").exists()
+        out = run / "explanation" if is_run else pathlib.Path("runs") / f"explain-{run.stem}"
+    page = explain(
+        source,
+        images,
+        out,
+        image_size=image_size,
+        num_heads=num_heads,
+        normalization=normalization,
+        count=count,
+        skip_unreadable=skip_unreadable,
+        overwrite=overwrite,
+    )
+    print(f"-> {page}")
 
 
 @app.command()

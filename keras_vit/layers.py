@@ -89,6 +89,25 @@ def drawing_by(uniform):
         _draws.uniform = before
 
 
+_watch = threading.local()
+
+
+@contextlib.contextmanager
+def watching_blocks(see):
+    """Lets a function see the tokens that every `TransformerBlock` called within the block takes.
+
+    Args:
+        see: Function (layer, x), called with the `TransformerBlock` and its tokens `(B, N, D)`
+            before it computes.
+    """
+    before = getattr(_watch, "see", None)
+    _watch.see = see
+    try:
+        yield
+    finally:
+        _watch.see = before
+
+
 @keras.saving.register_keras_serializable(package="keras_vit")
 class Dropout(keras.layers.Dropout):
     """`keras.layers.Dropout`, whose masks can be drawn by somebody else: see `drawing_by`.
@@ -431,6 +450,14 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         a = self.attention_dropout(attention_probabilities(q, k), training=training)
         return self.dropout(self.proj(merge_heads(ops.matmul(a, v))), training=training)
 
+    def probabilities(self, x):
+        """A of all tokens, without dropout: x `(B, N, D)` -> `(B, h, N, N)`, float32 at least."""
+        q, k, _ = self._qkv(x)
+        if self.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        dtype = keras.backend.result_type(q.dtype, "float32")
+        return attention_probabilities(ops.cast(q, dtype), ops.cast(k, dtype))
+
     def _qkv(self, x):
         qkv = split_heads(self.qkv(x), 3 * self.num_heads)  # (B, 3 h, N, d)
         return ops.split(qkv, 3, axis=1)  # (B, h, N, d) each
@@ -654,6 +681,8 @@ class TransformerBlock(keras.layers.Layer):
             layer.build(input_shape)
 
     def call(self, x, training=None, queries=None):
+        if getattr(_watch, "see", None) is not None:
+            _watch.see(self, x)
         y = self.attention(self.norm1(x), training=training, queries=queries)
         x = x if queries is None else x[:, :queries]
         x = x + self.drop_path(self.layer_scale1(y), training=training)

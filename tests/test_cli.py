@@ -100,7 +100,7 @@ def test_evaluate(digits_run, tmp_path):
     assert "recall" in out
     folder = folder / "evaluation" / "validation"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"evaluation.json", "per_class.csv", "confusion.png"}
+    assert names == {"evaluation.json", "per_class.csv", "confusion.png", "mistakes.png"}
     assert json.loads((folder / "evaluation.json").read_text())["data"] == "digits"
 
 
@@ -188,7 +188,7 @@ def test_export_replaces_exports_alone(digits_run, tmp_path):
     assert (tmp_path / "photo.jpg").read_text() == "mine"
 
 
-COMMANDS = ("train", "recipes", "data-speed", "evaluate", "predict", "probe", "export")
+COMMANDS = ("train", "recipes", "data-speed", "evaluate", "predict", "explain", "probe", "export")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

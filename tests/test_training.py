@@ -28,7 +28,7 @@ from keras_vit.training import (
     train,
 )
 from keras_vit.training.building import build_model, model_arguments
-from keras_vit.training.evaluation import evaluate, predict
+from keras_vit.training.evaluation import MISTAKES, evaluate, plot_mistakes, predict
 from keras_vit.training.optimizers import build_optimizer
 from keras_vit.training.recipes import resolve_recipe
 from keras_vit.weights import save_checkpoint
@@ -383,6 +383,49 @@ def test_evaluation(tmp_path):
     assert rows[0]["images"] == "4"
     with Image.open(tmp_path / "confusion.png") as image:
         assert min(image.size) > 500
+
+
+def test_most_confident_mistakes(tmp_path):
+    """Of several batches, the most confident first, as the model took them."""
+    shades = [10, 3, 7, 20, 5]  # of green, all of them labelled otherwise but the fourth
+    images = np.zeros((5, 4, 6, 3), "uint8")
+    images[..., 1] = np.reshape(shades, (5, 1, 1))
+    split = array_split(images, np.array([0, 2, 0, 1, 2]))
+    names = ("red", "$green{", "blue" * 9)
+    result = evaluate(colour_model(), split, names, batch_size=2)
+    assert [m.index for m in result.mistakes] == [0, 2, 4, 1]
+    assert [m.label for m in result.mistakes] == [0, 0, 2, 2]
+    assert {m.predicted for m in result.mistakes} == {1}
+    for mistake in result.mistakes:
+        np.testing.assert_array_equal(mistake.image, images[mistake.index])
+        expected = 1 / (1 + 2 * math.exp(-shades[mistake.index]))
+        assert mistake.probability == pytest.approx(expected, abs=1e-6)
+    result.save(tmp_path)
+    [first, *_] = json.loads((tmp_path / "evaluation.json").read_text())["mistakes"]
+    probability = first.pop("probability")
+    assert first == {"index": 0, "class": "red", "predicted": "$green{"}
+    assert probability == result.mistakes[0].probability
+    with Image.open(tmp_path / "mistakes.png") as image:
+        assert min(image.size) > 300
+    drawn = [axes for axes in plot_mistakes(result).axes if axes.get_images()]
+    np.testing.assert_array_equal(drawn[2].get_images()[0].get_array(), images[4])
+    assert drawn[2].get_title() == "blueblueblueblu…\ntaken for $green{ (99%)"
+
+
+def test_no_more_mistakes_than_a_sheet_holds():
+    images = np.zeros((60, 4, 6, 3), "uint8")
+    images[..., 1] = np.arange(60).reshape(60, 1, 1) // 10  # probabilities are below 1
+    result = evaluate(colour_model(), array_split(images, np.full(60, 2)), tuple("abc"), 7)
+    assert len(result.mistakes) == MISTAKES
+    assert [m.index for m in result.mistakes] == [*range(50, 60), *range(40, 50), *range(30, 34)]
+    title = plot_mistakes(result).get_suptitle()
+    assert title == "mistakes: 60 of 60 images, the 24 most confident"
+
+
+def test_no_mistakes():
+    result = evaluate(colour_model(), colour_split([0, 1], [0, 1]), ("a", "b", "c"))
+    assert result.mistakes == ()
+    assert plot_mistakes(result).get_suptitle() == "mistakes: 0 of 2 images"
 
 
 def test_top5_is_not_top1():

@@ -60,7 +60,7 @@ def load_folder(path: str | os.PathLike, *, skip_unreadable: bool = False) -> Im
     class_names = _common_class_names(root, splits)
     facts, unreadable = _check_files(root, splits)
     if unreadable and not skip_unreadable:
-        raise ValueError(_describe_unreadable(unreadable, len(facts) + len(unreadable)))
+        raise ValueError(describe_unreadable(unreadable, len(facts) + len(unreadable)))
     splits = _complete_splits(_without(splits, unreadable))
     files = {name: _labelled_files(classes, class_names) for name, classes in splits.items()}
     return ImageData(
@@ -109,7 +109,7 @@ def _is_image(name: str) -> bool:
 
 
 def _require_plain_splits(root: Path, splits: list[Path], others: list[Path]) -> None:
-    others = [folder.name for folder in others if _list_images(root, folder)]
+    others = [folder.name for folder in others if list_images(root, folder)]
     names = [folder.name for folder in splits]
     roles = [SPLIT_NAMES[name.lower()] for name in names]
     if others:
@@ -130,7 +130,7 @@ def _require_plain_splits(root: Path, splits: list[Path], others: list[Path]) ->
 
 
 def _list_classes(root: Path, folder: Path) -> Classes:
-    classes = {f.name: _list_images(root, f) for f in _subfolders(folder)}
+    classes = {f.name: list_images(root, f) for f in _subfolders(folder)}
     if not classes:
         raise ValueError(
             "An image folder must hold a folder of images for each class. "
@@ -144,7 +144,8 @@ def _list_classes(root: Path, folder: Path) -> Classes:
     return classes
 
 
-def _list_images(root: Path, folder: Path) -> list[str]:
+def list_images(root: Path, folder: Path) -> list[str]:
+    """The images in `folder` and below, hidden ones aside, as sorted paths relative to `root`."""
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -187,7 +188,8 @@ def _check_files(
     return facts, {file: result for file, result in found.items() if isinstance(result, str)}
 
 
-def _describe_unreadable(unreadable: dict[str, str], total: int) -> str:
+def describe_unreadable(unreadable: dict[str, str], total: int) -> str:
+    """The message that some of `total` files cannot be read: file -> its own message."""
     named = [unreadable[file] for file in sorted(unreadable)[:_NAMED_UNREADABLE]]
     more = len(unreadable) - len(named)
     return (

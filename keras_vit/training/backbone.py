@@ -1,4 +1,4 @@
-"""The model of a checkpoint as training and probing take it."""
+"""The model of a checkpoint as training, probing and explaining take it."""
 
 import warnings
 
@@ -8,15 +8,16 @@ from keras_vit.weights import from_checkpoint
 ASSUMED_NORMALIZATION = "minus_one_one"
 
 
-def load_backbone(weights, **arguments):
-    """The model of a checkpoint without its head, for RGB images in [0, 255].
+def load_backbone(weights, *, num_classes=0, **arguments):
+    """The model of a checkpoint, without its head by default, for RGB images in [0, 255].
 
     Args:
         weights: A checkpoint, as `keras_vit.from_checkpoint` takes it.
+        num_classes: 0 for no head, None for the checkpoint's.
         **arguments: Of `from_checkpoint`; None stands for what the checkpoint says.
 
     Returns:
-        A model of `build_vit`, images `(B, H, W, 3)` in [0, 255] -> features `(B, D)`.
+        A model of `build_vit`, images `(B, H, W, 3)` in [0, 255] -> features `(B, D)`, or logits.
 
     Raises:
         ValueError: As `from_checkpoint`; or the model takes other images than RGB.
@@ -32,7 +33,7 @@ def load_backbone(weights, **arguments):
             f"`keras-vit train --resume RUN`. Received: weights={str(weights)!r}."
         )
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    model = from_checkpoint(weights, num_classes=0, **arguments)
+    model = from_checkpoint(weights, num_classes=num_classes, **arguments)
     if model.input_shape[-1] != 3:
         raise ValueError(
             "The checkpoint's model must take images of 3 channels, as the data are. "
@@ -45,5 +46,5 @@ def load_backbone(weights, **arguments):
             stacklevel=2,
         )
         arguments["normalization"] = ASSUMED_NORMALIZATION
-        model = from_checkpoint(weights, num_classes=0, **arguments)
+        model = from_checkpoint(weights, num_classes=num_classes, **arguments)
     return model

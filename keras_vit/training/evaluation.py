@@ -15,6 +15,27 @@ from keras_vit.data import read_image
 from keras_vit.data.pipeline import evaluation_batches, resize
 from keras_vit.files import replacing, write_json, write_text
 
+MISTAKES = 24  # that are shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """An image that was taken for another class than its own.
+
+    Args:
+        index: Its place in the split.
+        image: uint8 `(H, W, 3)`, as the model took it.
+        label: Its class, an int in [0, K).
+        predicted: The class that it was taken for.
+        probability: That class's, in [0, 1].
+    """
+
+    index: int
+    image: np.ndarray
+    label: int
+    predicted: int
+    probability: float
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -28,6 +49,7 @@ class Evaluation:
         precision: Per class, share of the images taken for it that are of it.
         recall: Per class, share of its images that were recognised.
         f1: Per class, harmonic mean of the two.
+        mistakes: The `Mistake`s of the highest probability, the most confident first.
     """
 
     class_names: tuple[str, ...]
@@ -37,6 +59,7 @@ class Evaluation:
     precision: np.ndarray
     recall: np.ndarray
     f1: np.ndarray
+    mistakes: tuple[Mistake, ...] = ()
 
     def rows(self):
         """One dict per class: class, images, precision, recall, f1."""
@@ -48,7 +71,7 @@ class Evaluation:
         ]
 
     def save(self, folder, **facts):
-        """Writes evaluation.json, per_class.csv and confusion.png, in place of older ones.
+        """Writes evaluation.json, per_class.csv, confusion.png and mistakes.png anew.
 
         Args:
             folder: Where; made if it is missing.
@@ -65,6 +88,15 @@ class Evaluation:
                 "top5": self.top5,
                 "per_class": rows,
                 "confusion": self.confusion.tolist(),
+                "mistakes": [
+                    {
+                        "index": mistake.index,
+                        "class": self.class_names[mistake.label],
+                        "predicted": self.class_names[mistake.predicted],
+                        "probability": mistake.probability,
+                    }
+                    for mistake in self.mistakes
+                ],
             },
         )
         text = io.StringIO()
@@ -72,8 +104,9 @@ class Evaluation:
         writer.writeheader()
         writer.writerows(rows)
         write_text(folder / "per_class.csv", text.getvalue())
-        with replacing(folder / "confusion.png") as path:
-            plot_confusion(self).savefig(path, dpi=150)
+        for name, plot in {"confusion": plot_confusion, "mistakes": plot_mistakes}.items():
+            with replacing(folder / f"{name}.png") as path:
+                plot(self).savefig(path, dpi=150)
 
 
 def evaluate(model, split, class_names, batch_size=128):
@@ -89,10 +122,13 @@ def evaluate(model, split, class_names, batch_size=128):
         An `Evaluation`.
     """
     batches = evaluation_batches(split, model.input_shape[1:3], batch_size, len(class_names))
-    logits, labels = [], []
+    logits, labels, mistakes = [], [], ()
     for images, one_hot in batches:
+        first = sum(map(len, labels))
         logits.append(model.predict_on_batch(images))
         labels.append(np.argmax(one_hot, axis=1))
+        mistakes += _mistakes(first, images.numpy(), logits[-1], labels[-1])
+        mistakes = tuple(sorted(mistakes, key=lambda m: -m.probability)[:MISTAKES])
     logits, labels = np.concatenate(logits), np.concatenate(labels)
     predicted = np.argmax(logits, axis=1)
     best5 = np.argsort(-logits, axis=1)[:, :5]
@@ -108,6 +144,21 @@ def evaluate(model, split, class_names, batch_size=128):
         precision=precision,
         recall=recall,
         f1=f1,
+        mistakes=mistakes,
+    )
+
+
+def _mistakes(first, images, logits, labels):
+    """The most confident mistakes in a batch, of which `first` is the index of the first image."""
+    probabilities = np.asarray(keras.ops.softmax(logits)).max(axis=1)
+    predicted = np.argmax(logits, axis=1)
+    [wrong] = np.nonzero(predicted != labels)
+    wrong = wrong[np.argsort(-probabilities[wrong], kind="stable")[:MISTAKES]]
+    return tuple(
+        Mistake(
+            first + int(i), images[i], int(labels[i]), int(predicted[i]), float(probabilities[i])
+        )
+        for i in wrong
     )
 
 
@@ -161,3 +212,33 @@ def plot_confusion(evaluation):
                 column, row, counts[row, column], ha="center", va="center", color=color, fontsize=8
             )
     return figure
+
+
+def plot_mistakes(evaluation):
+    """Draws the most confident mistakes, each under its own class and the one it was taken for."""
+    mistakes, names = evaluation.mistakes, evaluation.class_names
+    columns = max(1, min(6, len(mistakes)))
+    rows = -(-len(mistakes) // columns)
+    figure = matplotlib.figure.Figure(
+        figsize=(max(1.7 * columns, 5), 2.2 * rows + 0.5), layout="constrained"
+    )
+    images = evaluation.confusion.sum()
+    wrong = images - evaluation.confusion.trace()
+    shown = f", the {len(mistakes)} most confident" if wrong > len(mistakes) else ""
+    figure.suptitle(f"mistakes: {wrong:,} of {images:,} images{shown}", fontsize=11)
+    all_axes = figure.subplots(max(1, rows), columns, squeeze=False).reshape(-1)
+    for axes in all_axes:
+        axes.axis("off")
+    for axes, mistake in zip(all_axes, mistakes, strict=False):
+        axes.imshow(mistake.image)
+        axes.set_title(
+            f"{_short(names[mistake.label])}\ntaken for {_short(names[mistake.predicted])} "
+            f"({mistake.probability:.0%})",
+            fontsize=8,
+            parse_math=False,
+        )
+    return figure
+
+
+def _short(name, length=16):
+    return name if len(name) <= length else name[: length - 1] + "…"

@@ -53,6 +53,7 @@ def vit_forward(
     stem_units=None,
     normalization=None,
     return_tokens=False,
+    trace=None,
 ):
     """Computes a Vision Transformer's logits from its weights and images.
 
@@ -77,6 +78,9 @@ def vit_forward(
         stem_units: None, or the units in each stage of a ResNet stem; () is the root alone.
         normalization: None, or (mean, std) per channel, for x = (images / 255 - mean) / std.
         return_tokens: bool.
+        trace: a dict to fill: "tokens" is the list of those (B, T, D) that the blocks take, and
+            at its end those that the last one puts out; "attention" is the list of the blocks'
+            probabilities (B, heads, T, T).
 
     Returns:
         logits (B, K), or the pooled features (B, D) of a model without head; with `return_tokens`,
@@ -95,9 +99,14 @@ def vit_forward(
     special = int(class_token) + int(distillation_token)
     x = embed(w, x, patch_size, class_token, distillation_token, num_registers, position, epsilon)
     depth = 0
+    blocks, attention = [x], []
     while f"block_{depth}/norm1/gamma" in w:
-        x = encoder_block(w, f"block_{depth}", x, num_heads, activation, layer_norm_epsilon)
+        x, a = encoder_block(w, f"block_{depth}", x, num_heads, activation, layer_norm_epsilon)
+        blocks.append(x)
+        attention.append(a)
         depth += 1
+    if trace is not None:
+        trace.update(tokens=blocks, attention=attention)
     tokens = layer_norm(w, "encoder_norm", x, epsilon) if "encoder_norm/gamma" in w else x
 
     if pooling == "token":
@@ -203,9 +212,9 @@ def sincos2d(grid_height, grid_width, dim):
 
 
 def encoder_block(w, name, x, num_heads, activation, epsilon):
-    """Eq. 2 and 3, each branch multiplied by its layer scale where there is one."""
+    """Eq. 2 and 3, each branch multiplied by its layer scale where there is one; and A."""
     y = layer_norm(w, f"{name}/norm1", x, epsilon)
-    y = self_attention(w, f"{name}/attention", y, num_heads, epsilon)
+    y, attention = self_attention(w, f"{name}/attention", y, num_heads, epsilon)
     if f"{name}/layer_scale1/gamma" in w:
         y = y * w[f"{name}/layer_scale1/gamma"]
     x = x + y
@@ -213,7 +222,7 @@ def encoder_block(w, name, x, num_heads, activation, epsilon):
     y = feed_forward(w, f"{name}/feed_forward", y, activation)
     if f"{name}/layer_scale2/gamma" in w:
         y = y * w[f"{name}/layer_scale2/gamma"]
-    return x + y
+    return x + y, attention
 
 
 def self_attention(w, name, x, num_heads, epsilon):
@@ -224,12 +233,13 @@ def self_attention(w, name, x, num_heads, epsilon):
 
 
 def attend(w, name, query, key, value, num_heads, epsilon):
-    """softmax(q k^T / sqrt(head_dim)) v by image and by head, then the output projection."""
+    """A v, A = softmax(q k^T / sqrt(head_dim)), by image and by head, then projected; and A."""
     batch, _, dim = query.shape
     if dim % num_heads:
         raise ValueError(f"{dim} is not divisible by num_heads={num_heads}.")
     head_dim = dim // num_heads
     out = np.full(query.shape, np.nan)
+    attention = np.full((batch, num_heads, query.shape[1], key.shape[1]), np.nan)
     for b in range(batch):
         for head in range(num_heads):
             columns = slice(head * head_dim, (head + 1) * head_dim)
@@ -240,8 +250,9 @@ def attend(w, name, query, key, value, num_heads, epsilon):
                 k = layer_norm(w, f"{name}/key_norm", k, epsilon)
             scores = q @ k.T / np.sqrt(head_dim)
             exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-            out[b, :, columns] = exponentials / exponentials.sum(axis=1, keepdims=True) @ v
-    return dense(w, f"{name}/proj", out)
+            attention[b, head] = exponentials / exponentials.sum(axis=1, keepdims=True)
+            out[b, :, columns] = attention[b, head] @ v
+    return dense(w, f"{name}/proj", out), attention
 
 
 def map_pool(w, tokens, num_heads, activation, epsilon):
@@ -250,7 +261,8 @@ def map_pool(w, tokens, num_heads, activation, epsilon):
     probe = np.stack([w["pooling/probe"][0]] * batch)  # B, 1, D
     query = dense(w, "pooling/query", probe)
     key_value = dense(w, "pooling/key_value", tokens)  # B, T, 2 * D
-    y = attend(w, "pooling", query, key_value[..., :dim], key_value[..., dim:], num_heads, epsilon)
+    key, value = key_value[..., :dim], key_value[..., dim:]
+    y, _ = attend(w, "pooling", query, key, value, num_heads, epsilon)
     normed = layer_norm(w, "pooling/norm", y, epsilon)
     return (y + feed_forward(w, "pooling/feed_forward", normed, activation))[:, 0]
 
