@@ -1,0 +1,72 @@
+"""Accuracy that each export mode costs a public ViT with a linear head on real images.
+
+    python benchmarks/fashion_mnist.py data/fashion-mnist
+    python benchmarks/export_accuracy.py --weights dinov2_vits14.safetensors \
+        --data folder:data/fashion-mnist --image-size 98 --out runs/export-accuracy
+
+The head is a logistic regression on standardised features of the first training images. For a model
+of one's own the same table comes from `keras-vit export RUN --images 10000`.
+"""
+
+import argparse
+import pathlib
+
+import keras
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+
+from keras_vit import from_checkpoint
+from keras_vit.data import load_data
+from keras_vit.data.pipeline import first_images
+from keras_vit.export import MODES, export_tflite, verify
+
+
+def with_linear_head(backbone, images, labels, c=0.01):
+    """The backbone and the best linear head on its features, of inverse regularisation `c`."""
+    features = backbone.predict(images)
+    mean, deviation = features.mean(axis=0), features.std(axis=0)
+    fitted = LogisticRegression(C=c, max_iter=300).fit((features - mean) / deviation, labels)
+    kernel = (fitted.coef_ / deviation).T
+    head = keras.layers.Dense(len(fitted.classes_), name="head")
+    model = keras.Model(backbone.input, head(backbone.output))
+    head.set_weights([kernel, fitted.intercept_ - mean @ kernel])
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", required=True, help="A checkpoint.")
+    parser.add_argument("--data", required=True, help="As in `keras-vit train`.")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="Folder to make.")
+    parser.add_argument("--image-size", type=int, default=98)
+    parser.add_argument("--train-images", type=int, default=10_000)
+    parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--calibration-images", type=int, default=128)
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} exists already.")
+    data = load_data(arguments.data)
+    size = (arguments.image_size, arguments.image_size)
+    images, labels = first_images(data.train, size, arguments.train_images)
+    backbone = from_checkpoint(
+        arguments.weights, num_classes=0, image_size=size, normalization="imagenet"
+    )
+    model = with_linear_head(backbone, images, labels)
+    arguments.out.mkdir(parents=True)
+    files = {mode: arguments.out / f"{mode}.tflite" for mode in arguments.mode}
+    for mode, path in files.items():
+        calibration = images[: arguments.calibration_images]
+        export_tflite(model, path, mode=mode, calibration=calibration)
+    held_out, labels = first_images(data.test, size, arguments.test_images)
+    result = verify(model, files, held_out, labels)
+    Console().print(result.table())
+    result.to_json(arguments.out / "report.json")
+    result.plot(arguments.out / "report.png")
+    result.to_markdown(arguments.out / "report.md", plot="report.png")
+
+
+if __name__ == "__main__":
+    main()
