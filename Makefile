@@ -16,6 +16,11 @@ demo: $(READY)
 
 test: lint test-tensorflow test-jax
 
+# What takes too long for every change: the published sizes whole.
+.PHONY: test-slow
+test-slow: $(READY)
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m slow
+
 .PHONY: test-tensorflow
 test-tensorflow: $(READY)
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
