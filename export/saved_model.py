@@ -1,5 +1,6 @@
 """Export to a SavedModel that TensorFlow alone can load and serve."""
 
+import contextlib
 import pathlib
 
 import keras
@@ -85,7 +86,20 @@ def write_endpoints(path, endpoints):
     archive = keras.export.ExportArchive()
     for name, (serve, spec) in endpoints.items():
         archive.add_endpoint(name, serve, input_signature=[spec])
-    archive.write_out(path, verbose=False)
+    with _quiet_tensorflow():
+        archive.write_out(path, verbose=False)
+
+
+@contextlib.contextmanager
+def _quiet_tensorflow():
+    """Keeps TensorFlow from saying where it writes, which it does in notebooks alone."""
+    logger = tf.get_logger()
+    before = logger.level
+    logger.setLevel("WARNING")
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _endpoints(model, labels, top):

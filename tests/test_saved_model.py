@@ -1,6 +1,7 @@
 """The signatures of an exported SavedModel against `keras_vit`'s own answers."""
 
 import io
+import logging
 import subprocess
 import sys
 
@@ -313,6 +314,19 @@ def test_without_labels_the_classes_are_indices(model, tmp_path):
     assert_answers(answer, *expected_of(model, contents, tmp_path / "files", names, top=12))
     np.testing.assert_array_equal(decoded(answer["classes"]), answer["indices"].astype(str))
     np.testing.assert_allclose(answer["probabilities"].sum(axis=1), 1, atol=1e-6)
+
+
+def test_tensorflow_is_quiet_as_in_a_script(model, tmp_path, caplog):
+    """Its logger speaks at every file in a notebook, where its level is INFO."""
+    logger = tf.get_logger()
+    before = logger.level
+    logger.setLevel("INFO")
+    try:
+        export.export_saved_model(model, tmp_path / "saved_model")
+        assert logger.level == logging.INFO
+    finally:
+        logger.setLevel(before)
+    assert not caplog.records
 
 
 @pytest.fixture
