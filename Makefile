@@ -8,11 +8,15 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-jax lint clean
+.PHONY: demo notebooks test test-jax lint clean
 
 demo: $(READY)
 	$(BIN)/keras-vit train --data digits --out runs/demo --overwrite
 	$(BIN)/keras-vit export runs/demo
+
+# Executes the notebooks and stores them in place; some need KERAS_VIT_PRETRAINED or the network.
+notebooks: $(READY)
+	KERAS_BACKEND=tensorflow $(BIN)/python notebooks/execute.py
 
 test: lint test-tensorflow test-jax
 

@@ -15,7 +15,7 @@ import nbclient
 import nbformat
 
 NOTEBOOKS = sorted(pathlib.Path(__file__).parent.glob("*.ipynb"))
-CELL_SECONDS = 300
+CELL_SECONDS = 1200  # a busy machine is slow
 # What TensorFlow, LiteRT and MediaPipe write of the machine when they start.
 NATIVE_LOG = re.compile(
     r"[IWE]\d{4} \d\d|WARNING: All log messages before absl|INFO: Created Tensor"

@@ -1,0 +1,98 @@
+"""The notebooks run as they stand, and what is stored in them is what they give."""
+
+import getpass
+import importlib.util
+import json
+import os
+import pathlib
+import re
+
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PRETRAINED = pathlib.Path(
+    os.environ.get("KERAS_VIT_PRETRAINED")
+    or pathlib.Path(__file__).parents[2] / "shared" / "pretrained"
+)
+LARGEST = 400_000  # bytes
+ABSOLUTE_PATH = re.compile(r"(?<![\w<>./:)-])(/[\w.-]+){2,}|\b[A-Z]:\\")
+
+_spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
+execute = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(execute)
+
+
+def stored(path):
+    return nbformat.read(path, as_version=4)
+
+
+def shown(cell):
+    """What a cell shows, its numbers aside: they differ from one processor to the next."""
+    kinds = [sorted(output.get("data", {})) for output in cell.outputs]
+    text = "".join(o.text for o in cell.outputs if o.output_type == "stream")
+    return kinds, " ".join(re.sub(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", "#", text).split())
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+def test_all_four_are_there():
+    assert [path.stem for path in NOTEBOOKS] == [
+        "01_quickstart",
+        "02_finetune",
+        "03_to_the_phone",
+        "04_inside_a_vit",
+    ]
+
+
+def test_notebook_runs(path, monkeypatch):
+    """Its own asserts check values; what it prints is what is stored."""
+    if "KERAS_VIT_PRETRAINED" in path.read_text():
+        if not PRETRAINED.is_dir():
+            pytest.skip("no pretrained DINOv2: set KERAS_VIT_PRETRAINED to its folder")
+        monkeypatch.setenv("KERAS_VIT_PRETRAINED", str(PRETRAINED))
+    executed = execute.code_cells(execute.execute(path))
+    for cell, expected in zip(executed, execute.code_cells(stored(path)), strict=True):
+        assert shown(cell) == shown(expected), cell.source
+
+
+def test_outputs_are_of_this_code(path):
+    notebook = stored(path)
+    assert notebook.metadata.executed == execute.code_hash(notebook), "run `make notebooks`"
+    cells = execute.code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+
+def test_outputs_are_clean(path):
+    cells = execute.code_cells(stored(path))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert any(output.output_type == "stream" for output in outputs)
+    assert any({"image/png", "image/jpeg"} & set(output.get("data", {})) for output in outputs)
+    for output in outputs:
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", output.text
+
+
+def test_notebook_is_small(path):
+    assert path.stat().st_size < LARGEST
+
+
+def test_nothing_of_the_machine_is_stored(path):
+    text = json.dumps(stored(path), indent=1)
+    pictures = r'"image/(png|jpeg)": ".*"'
+    text = re.sub(pictures, "", text).replace("\\n", "\n")
+    assert not ABSOLUTE_PATH.search(text), ABSOLUTE_PATH.search(text)
+    user = re.escape(getpass.getuser())
+    assert not re.search(rf"/{user}\b|\b{user}@", text)
+
+
+def test_metadata_do_not_change_by_themselves(path):
+    notebook = stored(path)
+    assert set(notebook.metadata) == {"kernelspec", "language_info", "executed"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.language_info == {"name": "python"}
+    assert not any(cell.metadata for cell in notebook.cells)
