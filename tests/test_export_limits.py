@@ -89,8 +89,8 @@ def resident_megabytes():
     not pathlib.Path("/proc/self/status").exists(), reason="/proc tells the memory of a process"
 )
 def test_ten_exports_give_their_memory_back(tmp_path, monkeypatch):
-    """Of a model of 21 MB, of which one copy left behind by each would be 210."""
-    config = keras_vit.ViTConfig(hidden_dim=384, depth=3, num_heads=6, mlp_dim=1536, patch_size=8)
+    """Of a model of 18 MB, of which one copy left behind by each would be 180."""
+    config = keras_vit.ViTConfig(hidden_dim=256, depth=1, num_heads=4, mlp_dim=8192, patch_size=8)
     model = keras_vit.build_vit(config, image_size=16, num_classes=3)
     path = tmp_path / "model.tflite"
     export_tflite(model, path, mode="fp32")
@@ -102,10 +102,13 @@ def test_ten_exports_give_their_memory_back(tmp_path, monkeypatch):
         (folder / "report.json").write_text("{}")
 
     monkeypatch.setattr(tflite_module, "_run_converter", converted)
-    before = resident_megabytes()
+    before = [resident_megabytes()]  # the allocator gives some back at times, and takes it again
+    for _ in range(2):
+        export_tflite(model, path, mode="fp32", overwrite=True)
+        before.append(resident_megabytes())
     for _ in range(10):
         export_tflite(model, path, mode="fp32", overwrite=True)
-    assert resident_megabytes() - before < 100
+    assert resident_megabytes() - max(before) < 100
 
 
 @pytest.mark.slow
@@ -113,8 +116,10 @@ def test_ten_whole_exports_give_their_memory_back(tmp_path):
     model = keras_vit.build_vit("Ti/16", image_size=96)
     path = tmp_path / "model.tflite"
     images = np.random.default_rng(0).normal(size=(4, 96, 96, 3))
-    export_tflite(model, path, mode="int8_mixed", calibration=images)
-    before = resident_megabytes()
+    before = []
+    for _ in range(2):
+        export_tflite(model, path, mode="int8_mixed", calibration=images, overwrite=True)
+        before.append(resident_megabytes())
     for _ in range(10):
         export_tflite(model, path, mode="int8_mixed", calibration=images, overwrite=True)
-    assert resident_megabytes() - before < 100
+    assert resident_megabytes() - max(before) < 100
