@@ -108,7 +108,10 @@ def main():
             content, report = quantize(content, job, _say)
         except AccuracyLost as error:
             content, report = b"", {"error": str(error)}
-    output.write_bytes(content)
+    try:
+        output.write_bytes(content)
+    except OSError as error:
+        report = {"errno": error.errno}
     pathlib.Path("report.json").write_text(json.dumps(report))
 
 

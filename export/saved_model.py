@@ -58,6 +58,7 @@ def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
         TypeError: if `model` is not a `keras.Model`, or `labels` are not strings.
         ValueError: if `path` exists, the model has several inputs or outputs or sizes that are
             not static, the number of `labels` is not the number of classes, or `top` is below 1.
+        OSError: if the disk is full, say. What was at `path` is still there then.
     """
     check_model(model)
     labels = check_labels(labels, model)
@@ -86,8 +87,11 @@ def write_endpoints(path, endpoints):
     archive = keras.export.ExportArchive()
     for name, (serve, spec) in endpoints.items():
         archive.add_endpoint(name, serve, input_signature=[spec])
-    with _quiet_tensorflow():
-        archive.write_out(path, verbose=False)
+    try:
+        with _quiet_tensorflow():
+            archive.write_out(path, verbose=False)
+    except tf.errors.OpError as error:  # what a full disk is there
+        raise OSError(f"The SavedModel cannot be written: {error.message}") from error
 
 
 @contextlib.contextmanager

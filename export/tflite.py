@@ -102,7 +102,8 @@ def export_tflite(
             `labels` is not the number of classes, the calibration images are missing, of another
             shape or not finite, `io_dtype` does not go with the mode, `held_out` is missing or
             does not fit the model, or no choice of layers holds `max_drop`.
-        RuntimeError: if the conversion fails. Nothing is left at `path` then.
+        RuntimeError: if the conversion fails.
+        OSError: if the disk is full, say. What was at `path` is still there, whatever fails.
     """
     if mode not in MODES:
         raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}.")
@@ -247,6 +248,8 @@ def _write(deployment, output, job, arrays):
         measured = json.loads((folder / "report.json").read_text())
     if "error" in measured:
         raise ValueError(measured["error"])
+    if "errno" in measured:
+        raise OSError(measured["errno"], os.strerror(measured["errno"]), str(output))
     return measured
 
 
