@@ -35,6 +35,27 @@ def shown(cell):
     return kinds, " ".join(re.sub(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", "#", text).split())
 
 
+def check_values(name, cells):
+    """What the texts of the notebooks say of their numbers; 04 asserts it itself."""
+    text = "".join(o.text for cell in cells for o in cell.outputs if o.output_type == "stream")
+
+    def number(pattern):
+        [found] = re.findall(pattern, text, re.MULTILINE)
+        return float(found)
+
+    if name == "01_quickstart":
+        assert number(r"^test accuracy ([\d.]+):") > 0.95
+    if name == "02_finetune":
+        frozen = number(r"^frozen, logistic, 56 px +([\d.]+)$")
+        tuned = number(r"^fine-tuned, 56 px .* ([\d.]+)$")
+        scratch = number(r"^from scratch, 56 px .* ([\d.]+)$")
+        assert tuned > frozen > scratch
+        assert number(r"^ 56 px: test accuracy ([\d.]+)$") > number(r"^ 98 px: .* ([\d.]+)$")
+    if name == "03_to_the_phone":
+        assert number(r"^calibrated with digits .* agreement ([\d.]+)") > 0.95
+        assert number(r"^calibrated with black .* agreement ([\d.]+)") < 0.9
+
+
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def path(request):
     return request.param
@@ -50,7 +71,7 @@ def test_all_four_are_there():
 
 
 def test_notebook_runs(path, monkeypatch):
-    """Its own asserts check values; what it prints is what is stored."""
+    """And prints what is stored, its numbers aside."""
     if "KERAS_VIT_PRETRAINED" in path.read_text():
         if not PRETRAINED.is_dir():
             pytest.skip("no pretrained DINOv2: set KERAS_VIT_PRETRAINED to its folder")
@@ -58,6 +79,7 @@ def test_notebook_runs(path, monkeypatch):
     executed = execute.code_cells(execute.execute(path))
     for cell, expected in zip(executed, execute.code_cells(stored(path)), strict=True):
         assert shown(cell) == shown(expected), cell.source
+    check_values(path.stem, executed)
 
 
 def test_outputs_are_of_this_code(path):
@@ -65,6 +87,10 @@ def test_outputs_are_of_this_code(path):
     assert notebook.metadata.executed == execute.code_hash(notebook), "run `make notebooks`"
     cells = execute.code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+
+def test_stored_values(path):
+    check_values(path.stem, execute.code_cells(stored(path)))
 
 
 def test_outputs_are_clean(path):
