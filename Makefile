@@ -25,13 +25,16 @@ test: lint test-tensorflow test-jax
 test-slow: $(READY)
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m slow
 
+# Two processes, each with whole files, in the order of tests/conftest.py: the longest first.
+IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: test-tensorflow
 test-tensorflow: $(READY)
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(IN_PARALLEL)
 
 # The core alone: training and export are TensorFlow's.
 test-jax: $(READY)
-	KERAS_BACKEND=jax $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/core
+	KERAS_BACKEND=jax $(BIN)/python -m pytest $(IN_PARALLEL) tests/core
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,27 +1,93 @@
 """What the tests of training, evaluation, export and the command share."""
 
+import contextlib
+import io
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# On JAX, compiling the hundreds of toy models takes longer than all that is computed.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-import keras
+import filelock
 import pytest
 
 LOGICAL_CPUS = 4
 
-if keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
+# The files of a minute and more, the longest first: the processes that share them end together.
+LONGEST = ("test_resume", "test_distributed", "test_workers", "test_weights", "test_training")
 
-    # Before TensorFlow starts: replicas for the tests of distributed training.
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * LOGICAL_CPUS,
-    )
+
+def pytest_configure(config):
+    """Before TensorFlow starts: replicas for the tests of distributed training."""
+    if config.getoption("numprocesses", None):
+        return  # the tests are run by other processes: this one does without Keras
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * LOGICAL_CPUS,
+        )
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
-    """What `keras-vit train` makes of digits by default. Tests must not change the folder."""
-    from keras_vit.training import train
+    """What `keras-vit train` makes of digits by default. Tests must not change the folder.
 
-    return train("digits", tmp_path_factory.mktemp("runs") / "digits")
+    The first process of the tests that needs it trains; the others wait.
+    """
+    from keras_vit.training import load_run, train
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits_run"
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            train("digits", folder)
+    return load_run(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def convert_here():
+    """Exports are converted in this process: a new one imports TensorFlow and Keras for seconds.
+
+    Yields:
+        Context in which a process of its own converts, as outside of the tests.
+    """
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    from keras_vit.export import convert, tflite
+
+    def run_converter(folder, output, mode):
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+            patch.chdir(folder)
+            patch.setattr("sys.argv", ["convert", str(output)])
+            convert.main()
+
+    in_own_process = tflite._run_converter
+
+    @contextlib.contextmanager
+    def own_process():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tflite, "_run_converter", in_own_process)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tflite, "_run_converter", run_converter)
+        yield own_process
+
+
+@pytest.fixture
+def own_process(convert_here):
+    """Exports are converted in a process each, as outside of the tests."""
+    with convert_here():
+        yield

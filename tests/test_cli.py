@@ -30,6 +30,16 @@ def run_cli(*arguments, code=0):
     return result.stdout, result.stderr
 
 
+def error_of(*arguments):
+    """Runs `main` in this process; returns what it exits with, an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["keras-vit", *map(str, arguments)])
+        patch.setattr("warnings.showwarning", None)  # `main` has one of its own
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    return caught.value.code
+
+
 def invoke(*arguments):
     """Runs the command in this process; returns stdout."""
     runner = CliRunner(env={"COLUMNS": "200"})
@@ -71,8 +81,7 @@ def test_train_evaluate_predict_in_processes_of_their_own(tmp_path):
     assert prediction["image"] == str(photo)
     assert [row["class"] for row in prediction["predictions"]] == ["blue", "red"]
     assert sum(row["probability"] for row in prediction["predictions"]) == pytest.approx(1)
-    _, err = run_cli("predict", run, tmp_path / "none.png", code=1)
-    assert "none.png" in err
+    assert "none.png" in error_of("predict", run, tmp_path / "none.png")
 
 
 def test_unreadable_files_are_named_or_skipped(tmp_path):
@@ -201,8 +210,7 @@ def test_help_keeps_its_brackets():
     out = invoke("train", "--help")
     assert "(default: runs/DATA)" in out
     assert "tfds:NAME[:CONFIG]" in out
-    _, err = run_cli("train", "--data", "folder:/no/[red]where[/b]", code=1)
-    assert "/no/[red]where[/b]" in err
+    assert "/no/[red]where[/b]" in error_of("train", "--data", "folder:/no/[red]where[/b]")
 
 
 @pytest.mark.parametrize(
@@ -220,9 +228,12 @@ def test_run_name(data, name):
     assert cli.run_name(data) == name
 
 
-def imported(code):
+PACKAGES = "{m.split('.')[0] for m in sys.modules}"
+
+
+def imported(code, before="set()"):
     """Names of the top-level packages in sys.modules after `code`, in a fresh process."""
-    code += "; import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    code += f"; import json, sys; print(json.dumps(sorted({PACKAGES} - {before})))"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
@@ -236,6 +247,7 @@ def test_help_needs_no_backend():
 
 
 def test_import_of_keras_vit_brings_little_beside_keras():
-    added = imported("import keras_vit") - imported("import keras, json")
+    keras_alone = f"import keras, json, sys; before = {PACKAGES}"
+    added = imported(f"{keras_alone}; import keras_vit", "before")
     light = {"keras_vit", "_distutils_hack", "safetensors", "filelock"}
     assert added <= light | set(sys.stdlib_module_names)

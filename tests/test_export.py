@@ -529,6 +529,7 @@ def test_existing_file_is_kept(model, tmp_path):
     assert (tmp_path / "model.tflite").read_bytes() == b"old"
 
 
+@pytest.mark.usefixtures("own_process")
 def test_failed_conversion_keeps_the_old_file_alone(tmp_path):
     path = tmp_path / "model.tflite"
     path.write_bytes(b"old")
@@ -538,6 +539,7 @@ def test_failed_conversion_keeps_the_old_file_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.usefixtures("own_process")
 def test_file_is_replaced_when_asked(model, tmp_path):
     path = tmp_path / "model.tflite"
     path.write_bytes(b"old")

@@ -60,6 +60,7 @@ def files(model, tmp_path_factory):
     return files
 
 
+@pytest.mark.usefixtures("own_process")
 def test_export_writes_integer_ends(files, model, tmp_path):
     path = tmp_path / "model.tflite"
     write(model, path, mode="int8_full", io_dtype="uint8", activation="softmax")

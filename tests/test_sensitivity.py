@@ -198,6 +198,7 @@ def test_accuracy_that_cannot_be_kept(source, monkeypatch):
 # The whole way
 
 
+@pytest.mark.usefixtures("own_process")
 def test_export_holds_the_drop_and_says_how(model, content, tmp_path):
     images = random_images(150, seed=3)
     labels = labels_of(content, images)

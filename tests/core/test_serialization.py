@@ -52,8 +52,10 @@ LOAD_AND_RUN = """
 import sys
 import keras, keras_vit
 import numpy as np
-model = keras.saving.load_model(sys.argv[1])
-np.save(sys.argv[3], model.predict(np.load(sys.argv[2]), verbose=0))
+for folder in sys.argv[1:]:
+    model = keras.saving.load_model(f"{folder}/model.keras")
+    logits = model.predict(np.load(f"{folder}/images.npy"), verbose=0)
+    np.save(f"{folder}/logits.npy", logits)
 """
 
 
@@ -106,19 +108,28 @@ def test_arguments_of_another_model():
         vit_arguments(model)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_file_loads_in_a_process_that_imports_keras_and_keras_vit(name, tmp_path):
-    model, images = make(name)
-    paths = [tmp_path / name for name in ("model.keras", "images.npy", "logits.npy")]
-    model.save(paths[0])
-    np.save(paths[1], images)
+@pytest.fixture(scope="module")
+def loaded_elsewhere(tmp_path_factory):
+    """Name -> model, images, and the logits of its file in a process that all have in common."""
+    base, made = tmp_path_factory.mktemp("models"), {}
+    for name in MODELS:
+        made[name] = model, images = make(name)
+        (base / name).mkdir()
+        model.save(base / name / "model.keras")
+        np.save(base / name / "images.npy", images)
     subprocess.run(
-        [sys.executable, "-c", LOAD_AND_RUN, *map(str, paths)],
+        [sys.executable, "-c", LOAD_AND_RUN, *(str(base / name) for name in MODELS)],
         check=True,
         env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
-        cwd=tmp_path,
+        cwd=base,
     )
-    np.testing.assert_array_equal(np.load(paths[2]), model.predict(images, verbose=0))
+    return {name: (*made[name], np.load(base / name / "logits.npy")) for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_file_loads_in_a_process_that_imports_keras_and_keras_vit(name, loaded_elsewhere):
+    model, images, logits = loaded_elsewhere[name]
+    np.testing.assert_array_equal(logits, model.predict(images, verbose=0))
 
 
 def test_weights_file(tmp_path):
