@@ -52,6 +52,7 @@ def test_disk_is_full_before_the_conversion(model, tmp_path):
     assert contents(tmp_path) == {pathlib.Path("model.tflite"): b"old"}
 
 
+@pytest.mark.usefixtures("own_process")
 def test_disk_is_full_when_the_file_is_written(model, tmp_path, monkeypatch):
     path = tmp_path / "model.tflite"
     path.write_bytes(b"old")
@@ -88,6 +89,7 @@ def resident_megabytes():
 @pytest.mark.skipif(
     not pathlib.Path("/proc/self/status").exists(), reason="/proc tells the memory of a process"
 )
+@pytest.mark.usefixtures("own_process")
 def test_ten_exports_give_their_memory_back(tmp_path, monkeypatch):
     """Of a model of 18 MB, of which one copy left behind by each would be 180."""
     config = keras_vit.ViTConfig(hidden_dim=256, depth=1, num_heads=4, mlp_dim=8192, patch_size=8)
@@ -112,6 +114,7 @@ def test_ten_exports_give_their_memory_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_process")
 def test_ten_whole_exports_give_their_memory_back(tmp_path):
     model = keras_vit.build_vit("Ti/16", image_size=96)
     path = tmp_path / "model.tflite"
