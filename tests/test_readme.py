@@ -88,7 +88,8 @@ def save_stand_ins():
     """Checkpoints of random weights, of the shapes of those that the README names."""
     small = {"image_size": 224, "num_classes": 1000, "normalization": "minus_one_one"}
     keras_vit.save_checkpoint(keras_vit.build_vit("Ti/16", **small), "hub.safetensors", "timm")
-    keras_vit.save_checkpoint(keras_vit.build_vit("S/16", **small), "S_16.npz", "google")
+    google = keras_vit.build_vit("S/16", gelu="tanh", **small)
+    keras_vit.save_checkpoint(google, "S_16.npz", "google")
     dinov2 = keras_vit.build_vit("S/14", image_size=518, num_classes=0, layer_scale=1e-5)
     keras_vit.save_checkpoint(dinov2, "dinov2_vits14.safetensors", "timm")
 
