@@ -127,17 +127,18 @@ def test_what_a_model_looks_at(tmp_path):
 
 
 def test_distributed_model():
-    """A smaller model, for one epoch, on the logical devices of `conftest.py`."""
-    size = "keras_vit.ViTConfig(32, 2, 4, 48, 16)"
-    assert ViTConfig(32, 2, 4, 48, 16).patch_size == VARIANTS["S/16"].patch_size
-    images = PIXELS.uniform(0, 255, (32, 224, 224, 3)).astype("float32")
-    labels = keras.ops.one_hot(PIXELS.integers(1000, size=32), 1000)
-    dataset = tf.data.Dataset.from_tensor_slices((images, labels)).batch(32, drop_remainder=True)
-    changes = [('"S/16"', size), ("epochs=90", "epochs=1")]
+    """A smaller model, for one epoch, on two of the logical devices of `conftest.py`."""
+    images = PIXELS.uniform(0, 255, (16, 224, 224, 3)).astype("float32")
+    labels = keras.ops.one_hot(PIXELS.integers(1000, size=16), 1000)
+    dataset = tf.data.Dataset.from_tensor_slices((images, labels)).batch(16, drop_remainder=True)
+    changes = [
+        ('"S/16"', "keras_vit.ViTConfig(16, 1, 2, 24, patch_size=16)"),
+        ("MirroredStrategy()", 'MirroredStrategy(["CPU:0", "CPU:1"])'),
+        ("epochs=90", "epochs=1"),
+    ]
     model = run(DISTRIBUTED, {"dataset": dataset}, changes)["model"]
-    assert np.isfinite(model.history.history["loss"]).all()
-    assert model.optimizer.iterations == 1
-    assert any(np.any(model.get_layer("head").get_weights()[0]))
+    # The head starts at zero: all classes are alike.
+    np.testing.assert_allclose(model.history.history["loss"], [np.log(1000)], rtol=1e-5)
 
 
 def commands():
