@@ -14,7 +14,14 @@ import pytest
 LOGICAL_CPUS = 4
 
 # The files of a minute and more, the longest first: the processes that share them end together.
-LONGEST = ("test_resume", "test_distributed", "test_workers", "test_weights", "test_training")
+LONGEST = (
+    "test_notebooks",
+    "test_resume",
+    "test_distributed",
+    "test_workers",
+    "test_weights",
+    "test_training",
+)
 
 
 def pytest_configure(config):
