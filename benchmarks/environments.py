@@ -18,10 +18,10 @@ TENSORFLOW = ("tensorflow==2.21.*", "keras==3.15.*")
 PACKAGES = {  # name -> what pip installs
     "keras-hub": (*TENSORFLOW, "keras-hub==0.32.0"),
     # It imports OpenCV and does not declare it.
-    "vit-keras": (*TENSORFLOW, "vit-keras==0.2.0", "opencv-python-headless"),
+    "vit-keras": (*TENSORFLOW, "vit-keras==0.2.0", "opencv-python-headless==5.0.0.93"),
     "timm": (*TORCH, "timm==1.0.31"),
     "vit-pytorch": (*TORCH, "vit-pytorch==1.26.11"),
-    "litert-torch": ("litert-torch", "timm==1.0.31"),  # which chooses its own PyTorch
+    "litert-torch": ("litert-torch==0.10.0", "timm==1.0.31"),  # which chooses its own PyTorch
 }
 OPTIONAL = ("litert-torch",)
 READY = "ready.txt"  # holds what was asked for, so that a changed pin makes it anew

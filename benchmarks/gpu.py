@@ -55,8 +55,6 @@ def ours(size, kind, side):
         keras_vit.ViTConfig(*size, PATCH), image_size=side, num_classes=CLASSES
     )
     model = keras_vit.skip_unread_tokens(vit)
-    values = [[v.value for v in model.trainable_variables]]
-    values.append([v.value for v in model.non_trainable_variables])
 
     @jax.jit
     def forward(state, images):
@@ -77,7 +75,8 @@ def ours(size, kind, side):
         return weights, others, moments, value
 
     step = jax.jit(step, donate_argnums=(0, 1, 2))
-    state = [*values, [v.value for v in optimizer.variables]]
+    variables = (model.trainable_variables, model.non_trainable_variables, optimizer.variables)
+    state = [[variable.value for variable in group] for group in variables]
 
     def make(batch):
         images, labels = map(jax.device_put, data(batch, side))

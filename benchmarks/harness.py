@@ -230,9 +230,10 @@ def cores():
 
 def machine():
     """What this runs on."""
-    cpu = platform.processor()
-    memory = None
+    cpu, system, memory = platform.processor(), platform.platform(terse=True), None
     if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a system without the file
+            system = f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.machine()}"
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -240,7 +241,7 @@ def machine():
         "cpu": cpu,
         "cores": cores(),
         "memory_bytes": memory,
-        "system": platform.platform(),
+        "system": system,
         "python": platform.python_version(),
     }
 
