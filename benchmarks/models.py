@@ -10,6 +10,7 @@ LEARNING_RATE = 1e-4
 SIZES = {  # hidden_dim, depth, num_heads, mlp_dim
     "Ti/16": (192, 12, 3, 768),
     "S/16": (384, 12, 6, 1536),
+    "two blocks of Ti/16": (192, 2, 3, 768),  # to try
 }
 
 
@@ -24,7 +25,8 @@ def ours(variant, kind):
     import keras_vit
     from keras_vit.training import DistributedModel
 
-    vit = keras_vit.skip_unread_tokens(keras_vit.build_vit(variant, num_classes=CLASSES))
+    size = keras_vit.ViTConfig(*SIZES[variant], PATCH)
+    vit = keras_vit.skip_unread_tokens(keras_vit.build_vit(size, num_classes=CLASSES))
     if kind == "forward":
         return keras_forward(vit, xla=True)
     return keras_training(DistributedModel(vit.input, vit.output))
@@ -163,8 +165,10 @@ def repeated(tensors):
 def timm(variant, kind, compiled):
     import timm
 
-    name = {"Ti/16": "vit_tiny_patch16_224", "S/16": "vit_small_patch16_224"}[variant]
-    return torch_contender(timm.create_model(name, num_classes=CLASSES), kind, compiled)
+    hidden_dim, depth, num_heads, _ = SIZES[variant]
+    sizes = {"embed_dim": hidden_dim, "depth": depth, "num_heads": num_heads}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **sizes)
+    return torch_contender(model, kind, compiled)
 
 
 def vit_pytorch(variant, kind, compiled):

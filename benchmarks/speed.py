@@ -36,7 +36,12 @@ from harness import (
 )
 
 OURS, PRODUCTS = "keras-vit", "its products alone"
-BATCHES = {"forward": (1, 8, 32), "training": (8, 32)}
+BATCHES = {
+    "Ti/16": {"forward": (1, 8, 32), "training": (8, 32)},
+    "S/16": {"forward": (1, 32), "training": (32,)},
+}
+QUICK = {"two blocks of Ti/16": {"forward": (1,), "training": (1,)}}
+ROUNDS = {"Ti/16": 5, "S/16": 3}
 SAME = (OURS, "KerasHub", "vit-keras", "timm")
 CLAIMED = (
     "KerasHub",
@@ -222,19 +227,18 @@ def claims(result):
 def main():
     quick = parser(__doc__).parse_args().quick
     groups = []
-    for variant in ("Ti/16",) if quick else models.SIZES:
-        for kind, batches in BATCHES.items():
+    for variant, kinds in (QUICK if quick else BATCHES).items():
+        for kind, batches in kinds.items():
             print(f"{variant}, {kind}", flush=True)
             cases = compare(
                 contenders(variant, kind),
-                (2,) if quick else batches,
-                rounds=2 if quick else 5 if variant == "Ti/16" else 3,
+                batches,
+                rounds=ROUNDS.get(variant, 2),
                 turn=0.1 if quick else 0.5,
-                least_calls=1 if quick or kind == "forward" else 2,
+                least_calls=1 if kind == "forward" else 2,
             )
+            check_same_model(cases[0]["contenders"])
             groups.append({"variant": variant, "kind": kind, "cases": cases})
-    for group in groups:
-        check_same_model(group["cases"][0]["contenders"])
     save("speed", quick, groups=groups)
 
 

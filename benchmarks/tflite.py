@@ -128,7 +128,7 @@ def installed(packages, python):
     return json.loads(subprocess.check_output([python, "-c", script, *packages], text=True))
 
 
-def contenders(modes, everything):
+def contenders(modes, peer_modes, everything):
     """(name, mode) -> the Python that makes it; the versions; and why who is missing is."""
     made = {(OURS, mode): python_of(None) for mode in modes}
     versions, missing = installed(OUR_PACKAGES, python_of(None)), {}
@@ -138,7 +138,7 @@ def contenders(modes, everything):
         except Missing as error:
             missing[name] = str(error)
         else:
-            made |= {(name, mode): python for mode in ("fp32", "int8")}
+            made |= {(name, mode): python for mode in peer_modes}
             versions |= installed(packages, python)
     return made, versions, missing
 
@@ -293,8 +293,8 @@ def main():
         function = ours if name == OURS else PEERS[name][0]
         return function(variant, mode, pathlib.Path(path))
 
-    modes = ("fp32", "dynamic_int8") if arguments.quick else MODES
-    made, versions, missing = contenders(modes, arguments.all)
+    modes = (("fp32",), ("fp32",)) if arguments.quick else (MODES, ("fp32", "int8"))
+    made, versions, missing = contenders(*modes, arguments.all)
     sizes = {}
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory())
