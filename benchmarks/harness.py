@@ -124,7 +124,8 @@ def compare(contenders, cases, *, rounds=5, turn=1.0, least_calls=1):
     Returns:
         For each case {"case": ..., "contenders": {name: measured}}. `measured` is
         {"missing": why}, or "weights", "versions", "seconds" (of a call, the mean of each turn),
-        "resident_bytes" and "peak_bytes" (of the process before a call and within it; Linux).
+        "resident_bytes" and "peak_bytes" (of the process before the first call and within a later
+        one; Linux).
     """
     processes = {name: Process(contender) for name, contender in contenders.items()}
     with contextlib.ExitStack() as stack:
@@ -181,44 +182,47 @@ def serve(file, function, options, packages):
             run = None  # before the next one takes memory
             case = message["case"]
             run = make(case)
-        print(json.dumps(ACTIONS[message["do"]](run, message)), file=answers)
+            before = status_bytes("VmRSS")
+        print(json.dumps(ACTIONS[message["do"]](run, message, before)), file=answers)
 
 
-def warm_up(run, message):
+def warm_up(run, message, before):
+    """Compiles, and says how long a call takes about."""
     run(1)
-    return compute(run, {"calls": 1})
+    return compute(run, {"calls": 1}, before)
 
 
-def compute(run, message):
+def compute(run, message, before):
+    """Seconds per call."""
     start = time.perf_counter()
     seconds = run(message["calls"])
     elapsed = time.perf_counter() - start
     return {"seconds": (elapsed if seconds is None else seconds) / message["calls"]}
 
 
-def memory(run, message):
-    """What the process holds, without what its allocator keeps, and the peak of a call.
+def memory(run, message, before):
+    """What the process held before the first call, and the peak within another one.
 
+    TensorFlow keeps what it has once taken for its tensors, so that the memory right before a call
+    is that of the call before. What compiling took and gave back does not count.
     A run on a device says by `run.device_bytes()` what was the most that it took there.
     """
     gc.collect()
-    before = peak = None
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before = status_bytes("VmRSS")
     run(1)
-    if sys.platform == "linux":
-        peak = status_bytes("VmHWM")
     on_device = {"device_bytes": run.device_bytes()} if hasattr(run, "device_bytes") else {}
-    return {"resident_bytes": before, "peak_bytes": peak, **on_device}
+    return {"resident_bytes": before, "peak_bytes": status_bytes("VmHWM"), **on_device}
 
 
 ACTIONS = {"warm up": warm_up, "compute": compute, "memory": memory}
 
 
 def status_bytes(name):
-    """A line of /proc/self/status."""
+    """A line of /proc/self/status; None but on Linux."""
+    if sys.platform != "linux":
+        return None
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
@@ -287,6 +291,7 @@ def described(result):
 
 
 def versions_line(versions):
+    """The packages that a result was measured with."""
     return ", ".join(" ".join(item) for item in sorted(versions.items())) + ".\n"
 
 

@@ -31,12 +31,13 @@ def loading(path):
     return make, None
 
 
-def make_checkpoints(folder):
-    """A B/16 in the formats of Google and timm."""
+def make_checkpoints(folder, variant):
+    """A model of random weights in the formats of Google and timm."""
     import keras_vit
 
-    model = keras_vit.build_vit("B/16", gelu="tanh")
-    paths = [folder / "B_16.npz", folder / "B_16.safetensors"]
+    model = keras_vit.build_vit(variant, gelu="tanh")
+    name = variant.replace("/", "_")
+    paths = [folder / f"{name}.npz", folder / f"{name}.safetensors"]
     for path, family in zip(paths, ("google", "timm"), strict=True):
         keras_vit.save_checkpoint(model, path, family)
     return paths
@@ -67,7 +68,9 @@ def main():
     arguments.add_argument("path", nargs="*", type=pathlib.Path)
     arguments = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        paths = arguments.path or make_checkpoints(pathlib.Path(folder))
+        paths = arguments.path or make_checkpoints(
+            pathlib.Path(folder), "Ti/16" if arguments.quick else "B/16"
+        )
         contenders = {
             path.name: Contender(loading, packages=("keras",), options={"path": str(path)})
             for path in paths

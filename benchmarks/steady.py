@@ -81,7 +81,7 @@ def plot(result, path):
 
 def main():
     quick = parser(__doc__).parse_args().quick
-    save("steady", quick, resident_bytes=resident(100 if quick else 300))
+    save("steady", quick, resident_bytes=resident(60 if quick else 300))
 
 
 if __name__ == "__main__":

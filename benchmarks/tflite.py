@@ -227,15 +227,17 @@ def measure(variant, made, folder, missing, arguments):
 def table(result):
     """Ours over the better file of each peer, then the files themselves."""
     ratios, files = [], []
+    measured = [row["name"] for size in result["sizes"].values() for row in size["files"]]
+    peers = [peer for peer in ("KerasHub", "timm") if any(peer in name for name in measured)]
     for variant, measured in result["sizes"].items():
         for name, figures in measured["ratios"].items():
             if name.startswith(OURS):
                 mode = name.removeprefix(f"{OURS}_")
-                cells = [f"{value:.2f}" for title in SHOWN for value in by_peer(figures, title)]
+                cells = [shown(figures[title].get(peer)) for title in SHOWN for peer in peers]
                 ratios.append((f"{variant} {mode}", *cells, goals(mode, figures)))
         files += [(variant, *file_cells(row)) for row in measured["files"]]
     columns = ["ours"]
-    columns += [f"{title} / {peer}" for title in SHOWN for peer in ("KerasHub", "timm")]
+    columns += [f"{title} / {peer}" for title in SHOWN for peer in peers]
     parts = [markdown([*columns, "goals"], ratios)]
     columns = ["size", "file", "MB", *(f"ms x{n}: min, median" for n in THREADS)]
     parts.append(markdown([*columns, "pieces", "outside"], files))
@@ -243,9 +245,8 @@ def table(result):
     return "\n".join([*parts, versions_line(result["versions"]), described(result)])
 
 
-def by_peer(figures, title):
-    """The ratios to KerasHub and timm, NaN where one is missing."""
-    return [figures[title].get(peer, float("nan")) for peer in ("KerasHub", "timm")]
+def shown(ratio):
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def goals(mode, figures):
