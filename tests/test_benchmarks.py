@@ -135,6 +135,32 @@ def test_multiplications_are_those_of_the_readme():
     assert f"{growth.multiplications(case) / 1e9:.2f}" == "1.25"
 
 
+def test_growth_table_sets_measured_beside_theory(tmp_path):
+    """Time as the square root of the multiplications, memory as theory: so says the table."""
+    import growth
+
+    cases = [{**growth.BASE, "batch": batch} for batch in (2, 4, 16)]
+    cases = [{**growth.BASE, "image": 16, "batch": 1}, *cases]
+    points = [
+        {
+            **case,
+            "multiplications": growth.multiplications(case),
+            "kept_bytes": growth.kept(case, "forward"),
+            "seconds": [1e-9 * growth.multiplications(case) ** 0.5],
+            "peak_bytes": 10**9 + growth.kept(case, "forward"),
+        }
+        for case in cases
+    ]
+    points.append({**growth.BASE, "batch": 64, "missing": "no memory"})
+    series = {"kind": "forward", "grows": "batch", "points": points}
+    machine = {"cpu": "C", "cores": 2, "memory_bytes": None, "system": "S", "python": "3"}
+    result = {"date": "D", "quick": False, "machine": machine, "series": [series]}
+    text = growth.table({**result, "micro_batches": [series]})
+    assert "| forward, batch 2 to 16 | 0.50 | 1.00 | 1.00 | 1.00 |" in text
+    growth.plot(result, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").exists()
+
+
 def test_results_round_trip(tmp_path, monkeypatch, capsys):
     import harness
 
