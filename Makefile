@@ -49,5 +49,14 @@ $(READY): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $(READY)
 
+# In turns with the peers, whose environments it makes first: half an hour on 2 cores after that.
+BENCHMARKS := startup loading pipeline steady tflite growth speed
+.PHONY: bench bench-quick
+bench bench-quick: $(READY)
+	$(BIN)/python benchmarks/environments.py
+	for name in $(BENCHMARKS); do \
+		echo "== $$name" && $(BIN)/python benchmarks/$$name.py $(if $(findstring quick,$@),--quick) || exit 1; done
+	$(if $(findstring quick,$@),,$(BIN)/python benchmarks/report.py)
+
 clean:
-	rm -rf $(VENV) .virtualenv build dist *.egg-info
+	rm -rf $(VENV) .virtualenv benchmarks/.environments build dist *.egg-info

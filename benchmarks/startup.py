@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py
 
-Fresh processes, the commands in turns; minimum and median in seconds.
+Fresh processes, the commands in turns.
 """
 
 import pathlib
@@ -11,31 +11,37 @@ import subprocess
 import sys
 import time
 
-ROUNDS = 10
+from harness import described, markdown, parser, save
+
+KERAS, BOTH = "import keras", "import keras, keras_vit"
 COMMANDS = {
-    "import keras": [sys.executable, "-c", "import keras"],
-    "import keras, keras_vit": [sys.executable, "-c", "import keras, keras_vit"],
+    KERAS: [sys.executable, "-c", KERAS],
+    BOTH: [sys.executable, "-c", BOTH],
     "keras-vit --help": [str(pathlib.Path(sys.executable).with_name("keras-vit")), "--help"],
 }
 
 
+def table(result):
+    seconds = result["seconds"]
+    rows = [
+        (f"`{name}`", f"{min(values):.2f}", f"{statistics.median(values):.2f}")
+        for name, values in seconds.items()
+    ]
+    added = [both - keras for both, keras in zip(seconds[BOTH], seconds[KERAS], strict=True)]
+    rows.append(("keras_vit adds, round by round", "", f"{statistics.median(added):.2f}"))
+    return markdown(("", "min, s", "median, s"), rows) + "\n" + described(result)
+
+
 def main():
+    quick = parser(__doc__).parse_args().quick
     seconds = {name: [] for name in COMMANDS}
-    for round_ in range(ROUNDS + 1):
+    for round_ in range(2 if quick else 8):
         for name, command in COMMANDS.items():
             start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
             if round_:  # the first warms the file cache
                 seconds[name].append(time.perf_counter() - start)
-    for name, values in seconds.items():
-        print(f"{name:25} min {min(values):.2f}  median {statistics.median(values):.2f}")
-    added = [
-        both - alone
-        for both, alone in zip(
-            seconds["import keras, keras_vit"], seconds["import keras"], strict=True
-        )
-    ]
-    print(f"{'added by keras_vit':25} min {min(added):.2f}  median {statistics.median(added):.2f}")
+    save("startup", quick, seconds=seconds)
 
 
 if __name__ == "__main__":

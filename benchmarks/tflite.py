@@ -1,17 +1,12 @@
 """What a ViT costs as a `.tflite` file: keras-vit's modes, KerasHub and timm in turns.
 
-    pip install keras-hub timm litert-torch     # a peer that is not installed is left out
-    python benchmarks/tflite.py
+    python benchmarks/tflite.py          # --all: litert-torch too
 
 ViT-Ti/16 and S/16 at 224 px, 1,000 classes, logits, batch 1, random weights and biases. KerasHub's
 ViT is exported by Keras (`model.export(format="litert")`) and through a SavedModel of batch 1,
 timm's through litert-torch; their int8 files are the dynamic quantization of the same tools. Each
 file is made in a process of its own. Then one inference of each file in turns, at 1 and 2 threads.
-
-litert-torch may need another PyTorch than the one installed, which an environment of its own has:
-
-    python -m venv litert-torch && litert-torch/bin/pip install litert-torch timm
-    python benchmarks/tflite.py --litert-torch-python litert-torch/bin/python
+fp16 computes in float32 on an x86.
 """
 
 import argparse
@@ -20,16 +15,15 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 import tempfile
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from environments import OPTIONAL, Missing, last_line, python_of
+from harness import described, draw, markdown, parser, save, versions_line
 
 CLASSES, SIDE = 1000, 224
+THREADS = (1, 2)
+SHOWN = ("MB", "ms x1", "ms x2")
 CALIBRATION_IMAGES = 32
 SIZES = {  # hidden_dim, num_heads, mlp_dim; 12 blocks; the name in timm
     "Ti/16": (192, 3, 768, "vit_tiny_patch16_224"),
@@ -117,58 +111,52 @@ def litert_torch(variant, mode, path):
         path.write_bytes(quantized.quantized_model)
 
 
-PEERS = {  # what exports, and the packages that it needs
-    "KerasHub_keras": (keras_export, ("keras", "tensorflow", "keras-hub")),
-    "KerasHub_savedmodel": (saved_model, ("keras", "tensorflow", "keras-hub")),
-    "timm_litert-torch": (litert_torch, ("torch", "timm", "litert-torch")),
+PEERS = {  # what exports, where, and whose versions belong to the result
+    "KerasHub_keras": (keras_export, "keras-hub", ("keras", "tensorflow", "keras-hub")),
+    "KerasHub_savedmodel": (saved_model, "keras-hub", ("keras", "tensorflow", "keras-hub")),
+    "timm_litert-torch": (litert_torch, "litert-torch", ("torch", "timm", "litert-torch")),
 }
+OUR_PACKAGES = ("keras", "tensorflow", "ai-edge-litert")
 
 
 def installed(packages, python):
-    """The versions of packages in another Python's environment, or None if one is not there."""
+    """The versions of packages in an environment."""
     script = (
         "import importlib.metadata, json, sys\n"
         "print(json.dumps({p: importlib.metadata.version(p) for p in sys.argv[1:]}))"
     )
-    process = subprocess.run([python, "-c", script, *packages], capture_output=True, text=True)
-    return json.loads(process.stdout) if process.returncode == 0 else None
+    return json.loads(subprocess.check_output([python, "-c", script, *packages], text=True))
 
 
-def contenders(litert_torch_python):
-    """(name, mode) -> the Python that makes it, and the versions of what it is made with."""
-    from keras_vit.export import MODES as exported
-
-    for mode in MODES:
-        if mode not in exported:
-            print(f"{OURS} {mode} is left out: keras_vit.export has no such mode.")
-    made = {(OURS, mode): sys.executable for mode in MODES if mode in exported}
-    versions = installed(("keras", "tensorflow", "ai-edge-litert"), sys.executable)
-    for name, (function, packages) in PEERS.items():
-        python = litert_torch_python if function is litert_torch else sys.executable
-        found = installed(packages, python)
-        if found is None:
-            print(f"{name} is left out: it needs {', '.join(packages)}.")
+def contenders(modes, peer_modes, everything):
+    """(name, mode) -> the Python that makes it; the versions; and why who is missing is."""
+    made = {(OURS, mode): python_of(None) for mode in modes}
+    versions, missing = installed(OUR_PACKAGES, python_of(None)), {}
+    for name, (_, environment, packages) in PEERS.items():
+        try:
+            python = python_of(environment, make=everything or environment not in OPTIONAL)
+        except Missing as error:
+            missing[name] = str(error)
         else:
-            made |= {(name, mode): python for mode in ("fp32", "int8")}
-            versions |= found
-    return made, versions
+            made |= {(name, mode): python for mode in peer_modes}
+            versions |= installed(packages, python)
+    return made, versions, missing
 
 
-def make(variant, made, folder):
+def make(variant, made, folder, missing):
     """Makes the files of one size that are not there; returns their paths by (name, mode)."""
     from keras_vit.export.benchmark import describe_graph
 
     paths = {}
-    for (name, mode), python in track(made.items(), f"Making the files of {variant}"):
+    for (name, mode), python in made.items():
+        print(f"  {variant}: making {name}_{mode}", flush=True)
         path = folder / f"{name}_{mode}.tflite"
         try:
             if not path.exists():
                 run_make(python, name, mode, variant, path)
             describe_graph(path)
-        except (RuntimeError, ValueError) as error:
-            if name == OURS:
-                raise
-            print(f"{variant}: {name} {mode} is left out: {error}")
+        except (Missing, ValueError) as error:
+            missing[f"{variant}, {name}_{mode}"] = str(error)
         else:
             paths[name, mode] = path
     return paths
@@ -187,7 +175,7 @@ def run_make(python, name, mode, variant, path):
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
         part.unlink(missing_ok=True)
-        raise RuntimeError(f"{name} {mode} failed:\n{process.stderr[-3000:]}")
+        raise Missing(last_line(process.stderr))
     part.replace(path)
 
 
@@ -221,81 +209,101 @@ def compare(rows, threads):
     }
 
 
-def report(variant, compared):
-    """Prints the ratios as a table, and the goals."""
-    first = next(iter(compared.values()))
-    if not first["MB"]:
-        return  # no peer is there
-    table = Table(
-        title=f"{variant}: over the better file of each peer, fp32 or int8",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("file", overflow="fold")
-    shown = [title for title in first if not title.startswith("med")]
-    titles = [(title, peer) for title in shown for peer in first[title]]
-    for title, peer in titles:
-        table.add_column(f"{title}\n/ {peer}", justify="right", no_wrap=True)
-    for (name, mode), figures in compared.items():
-        cells = [f"{figures[title][peer]:.2f}" for title, peer in titles]
-        table.add_row(f"{name}_{mode}", *cells)
-    Console().print(table)
-    for (name, mode), figures in compared.items():
-        for title, peers in figures.items():
-            goal = (SIZE_GOALS if title == "MB" else TIME_GOALS).get(mode)
-            if name == OURS and goal and "KerasHub" in peers:
-                ratio = peers["KerasHub"]
-                verdict = "kept" if ratio <= goal else "MISSED"
-                print(f"{variant} {mode}, {title}: {ratio:.3f} of KerasHub's, {goal}: {verdict}")
-
-
-def measure(variant, made, folder, arguments):
+def measure(variant, made, folder, missing, arguments):
     """Makes and times the files of one size; returns what the JSON holds of it."""
     from keras_vit.export.benchmark import benchmark
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = make(variant, made, folder)
-    result = benchmark(
-        paths.values(),
-        threads=arguments.threads,
-        rounds=arguments.rounds,
-        seconds=arguments.seconds,
-    )
-    Console().print(result.table())
-    compared = compare(dict(zip(paths, result.rows, strict=True)), arguments.threads)
-    report(variant, compared)
+    paths = make(variant, made, folder, missing)
+    print(f"  {variant}: measuring", flush=True)
+    result = benchmark(paths.values(), threads=THREADS, rounds=3 if arguments.quick else 25)
+    compared = compare(dict(zip(paths, result.rows, strict=True)), THREADS)
     return {
-        **result.as_dict(),
+        "files": result.as_dict()["rows"],
         "ratios": {"_".join(key): figures for key, figures in compared.items()},
     }
 
 
+def table(result):
+    """Ours over the better file of each peer, then the files themselves."""
+    ratios, files = [], []
+    measured = [row["name"] for size in result["sizes"].values() for row in size["files"]]
+    peers = [peer for peer in ("KerasHub", "timm") if any(peer in name for name in measured)]
+    for variant, measured in result["sizes"].items():
+        for name, figures in measured["ratios"].items():
+            if name.startswith(OURS):
+                mode = name.removeprefix(f"{OURS}_")
+                cells = [shown(figures[title].get(peer)) for title in SHOWN for peer in peers]
+                ratios.append((f"{variant} {mode}", *cells, goals(mode, figures)))
+        files += [(variant, *file_cells(row)) for row in measured["files"]]
+    columns = ["ours"]
+    columns += [f"{title} / {peer}" for title in SHOWN for peer in peers]
+    parts = [markdown([*columns, "goals"], ratios)]
+    columns = ["size", "file", "MB", *(f"ms x{n}: min, median" for n in THREADS)]
+    parts.append(markdown([*columns, "pieces", "outside"], files))
+    parts += [f"{name} is missing: {reason}\n" for name, reason in result["missing"].items()]
+    return "\n".join([*parts, versions_line(result["versions"]), described(result)])
+
+
+def shown(ratio):
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def goals(mode, figures):
+    """Which of the goals against KerasHub are kept; figures of one and more threads alike."""
+    verdicts = []
+    for title in SHOWN:
+        goal = (SIZE_GOALS if title == "MB" else TIME_GOALS).get(mode)
+        if goal and "KerasHub" in figures[title]:
+            kept = "kept" if figures[title]["KerasHub"] <= goal else "missed"
+            verdicts.append(f"{title} {goal} {kept}")
+    return ", ".join(verdicts)
+
+
+def file_cells(row):
+    times = [f"{time['min_ms']:.1f}, {time['median_ms']:.1f}" for time in row["latencies"]]
+    graph = row["graph"]
+    size = f"{row['size_bytes'] / 1e6:.2f}"
+    return row["name"], size, *times, graph["partitions"], sum(graph["outside"].values())
+
+
+def plot(result, path):
+    """The time of each file on one thread."""
+
+    def panel(variant, files):
+        def bars(axes):
+            colors = ["C1" if row["name"].startswith(OURS) else "C0" for row in files]
+            times = [row["latencies"][0]["min_ms"] for row in files]
+            axes.barh([row["name"] for row in files], times, color=colors)
+            axes.invert_yaxis()
+            axes.set_title(f"{variant}: ms on {THREADS[0]} thread")
+
+        return bars
+
+    draw(path, [panel(name, one["files"]) for name, one in result["sizes"].items()])
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--variants", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--seconds", type=float, default=300.0, help="of a number of threads")
-    parser.add_argument("--folder", type=pathlib.Path, help="keep the files, and use those there")
-    parser.add_argument("--litert-torch-python", default=sys.executable, metavar="PATH")
-    parser.add_argument("--make", nargs=4, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--all", action="store_true", help="the optional peers too")
+    arguments.add_argument("--folder", type=pathlib.Path, help="keep the files, use those there")
+    arguments.add_argument("--make", nargs=4, help=argparse.SUPPRESS)
+    arguments = arguments.parse_args()
     if arguments.make:
         name, mode, variant, path = arguments.make
         function = ours if name == OURS else PEERS[name][0]
         return function(variant, mode, pathlib.Path(path))
 
-    made, versions = contenders(arguments.litert_torch_python)
-    result = {"rounds": arguments.rounds, "versions": versions}
+    modes = (("fp32",), ("fp32",)) if arguments.quick else (MODES, ("fp32", "int8"))
+    made, versions, missing = contenders(*modes, arguments.all)
+    sizes = {}
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory())
         folder = arguments.folder or pathlib.Path(temporary)
-        for variant in arguments.variants:
+        for variant in ("Ti/16",) if arguments.quick else SIZES:
             path = folder / variant.replace("/", "")
-            result[variant] = measure(variant, made, path, arguments)
-    print(json.dumps(result))
+            sizes[variant] = measure(variant, made, path, missing, arguments)
+    save("tflite", arguments.quick, versions=versions, missing=missing, sizes=sizes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""A virtual environment for each peer, made when it is first needed and kept.
+
+    python benchmarks/environments.py [--fresh] [NAME ...]     # all but litert-torch by default
+
+They lie in benchmarks/.environments/, some 2 GB each with TensorFlow and 5 GB with PyTorch.
+"""
+
+import argparse
+import pathlib
+import shutil
+import subprocess
+import sys
+import venv
+
+FOLDER = pathlib.Path(__file__).parent / ".environments"
+TORCH = ("torch==2.14.1", "torchvision==0.29.1")
+TENSORFLOW = ("tensorflow==2.21.*", "keras==3.15.*")
+PACKAGES = {  # name -> what pip installs
+    "keras-hub": (*TENSORFLOW, "keras-hub==0.32.0"),
+    # It imports OpenCV and does not declare it.
+    "vit-keras": (*TENSORFLOW, "vit-keras==0.2.0", "opencv-python-headless==5.0.0.93"),
+    "timm": (*TORCH, "timm==1.0.31"),
+    "vit-pytorch": (*TORCH, "vit-pytorch==1.26.11"),
+    "litert-torch": ("litert-torch==0.10.0", "timm==1.0.31"),  # which chooses its own PyTorch
+}
+OPTIONAL = ("litert-torch",)
+READY = "ready.txt"  # holds what was asked for, so that a changed pin makes it anew
+
+
+class Missing(RuntimeError):
+    """Why a contender cannot be measured."""
+
+
+def python_of(name, make=True):
+    """The Python of an environment, which is made if it is not there.
+
+    Args:
+        name: A key of `PACKAGES`, or None: the Python that runs this.
+        make: Whether it may be made; if not, it has to be there.
+
+    Raises:
+        Missing: It cannot be made; the message is the last line of what pip says.
+    """
+    if name is None:
+        return pathlib.Path(sys.executable)
+    folder = FOLDER / name
+    asked = "\n".join(PACKAGES[name])
+    ready = folder / READY
+    if not (ready.exists() and ready.read_text() == asked):
+        if not make:
+            raise Missing(f"benchmarks/.environments/{name} is not there")
+        print(f"Making benchmarks/.environments/{name}: {', '.join(PACKAGES[name])}", flush=True)
+        venv.create(folder, clear=True, with_pip=True)
+        install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *PACKAGES[name]]
+        process = subprocess.run(install, capture_output=True, text=True)
+        if process.returncode:
+            raise Missing(last_line(process.stderr))
+        ready.write_text(asked)
+    return folder / "bin" / "python"
+
+
+def last_line(text):
+    """What a program said last, which is mostly why it failed."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    standard = [name for name in PACKAGES if name not in OPTIONAL]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PACKAGES))
+    parser.add_argument("--fresh", action="store_true", help="make them anew")
+    arguments = parser.parse_args()
+    for name in arguments.names or standard:
+        if name not in PACKAGES:
+            parser.error(f"NAME is one of {', '.join(PACKAGES)}. Received: {name}.")
+        if arguments.fresh:
+            shutil.rmtree(FOLDER / name, ignore_errors=True)
+        try:
+            print(f"{name}: {python_of(name)}")
+        except Missing as error:
+            print(f"{name} is missing: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Speed on one NVIDIA GPU: keras-vit on JAX against timm with `torch.compile`, in bfloat16.
+
+    pip install "jax[cuda12]" torch timm && pip install .    # TensorFlow is not needed
+    python benchmarks/gpu.py              # --platform cpu --quick: tiny, to try
+
+NOT YET RUN ON A CARD: tried on a CPU with tiny sizes alone.
+
+S/16, B/16 and L/16 at 224 px, 1,000 classes, batches from 16 on until the card is full. `forward`
+is inference, `training` a step: forward pass, cross-entropy, backward pass and AdamW's update,
+weights in float32. The batch lies on the card. Ours computes under mixed_bfloat16 in one
+`jax.jit`, its state donated; timm under autocast to bfloat16. MFU is twice the multiplications of
+the matrix products (three times that for a step) over what the card could do (`--peak-tflops`).
+Memory is the peak of the framework's allocator, of all batches up to this one.
+"""
+
+import os
+import statistics
+import subprocess
+
+import numpy as np
+from harness import Contender, compare, described, draw, markdown, parser, save, versions_line
+
+OURS = "keras-vit"
+CLASSES, PATCH = 1000, 16
+SIZES = {  # hidden_dim, depth, num_heads, mlp_dim
+    "S/16": (384, 12, 6, 1536),
+    "B/16": (768, 12, 12, 3072),
+    "L/16": (1024, 24, 16, 4096),
+}
+TINY = (64, 2, 2, 128)
+BATCHES = (16, 32, 64, 128, 256, 512, 1024)
+PEAK_TFLOPS = {  # dense bfloat16, of NVIDIA's data sheets; part of the name -> 1e12 per second
+    "H200": 989,
+    "H100 80GB HBM3": 989,
+    "H100 PCIe": 756,
+    "A100": 312,
+    "L40S": 362,
+}
+
+
+def data(batch, side):
+    random = np.random.default_rng(0)
+    images = random.normal(size=(batch, side, side, 3)).astype("float32")
+    return images, random.integers(CLASSES, size=batch)
+
+
+def ours(size, kind, side):
+    import jax
+    import keras
+
+    import keras_vit
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    vit = keras_vit.build_vit(
+        keras_vit.ViTConfig(*size, PATCH), image_size=side, num_classes=CLASSES
+    )
+    model = keras_vit.skip_unread_tokens(vit)
+
+    @jax.jit
+    def forward(state, images):
+        return model.stateless_call(*state, images, training=False)[0]
+
+    optimizer = keras.optimizers.AdamW(1e-4)
+    optimizer.build(model.trainable_variables)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def loss_of(weights, others, images, labels):
+        logits, others = model.stateless_call(weights, others, images, training=True)
+        return loss(labels, logits), others
+
+    def step(weights, others, moments, images, labels):
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (value, others), gradients = gradient(weights, others, images, labels)
+        weights, moments = optimizer.stateless_apply(moments, gradients, weights)
+        return weights, others, moments, value
+
+    step = jax.jit(step, donate_argnums=(0, 1, 2))
+    variables = (model.trainable_variables, model.non_trainable_variables, optimizer.variables)
+    state = [[variable.value for variable in group] for group in variables]
+
+    def make(batch):
+        images, labels = map(jax.device_put, data(batch, side))
+
+        def run(calls):
+            nonlocal state
+            for _ in range(calls):
+                if kind == "forward":
+                    result = forward(state[:2], images)
+                else:
+                    *state, result = step(*state, images, labels)
+            result.block_until_ready()
+
+        run.device_bytes = lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return run
+
+    return make, model.count_params()
+
+
+def timm(size, kind, side, device):
+    import timm
+    import torch
+
+    hidden_dim, depth, num_heads, mlp_dim = size
+    model = timm.models.VisionTransformer(
+        img_size=side,
+        patch_size=PATCH,
+        num_classes=CLASSES,
+        embed_dim=hidden_dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=mlp_dim / hidden_dim,
+    ).to(device)
+    model.train(kind == "training")
+    compiled = torch.compile(model, dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    bfloat16 = torch.autocast(device, torch.bfloat16)
+
+    def make(batch):
+        images, labels = data(batch, side)
+        images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
+        labels = torch.from_numpy(labels).to(device)
+
+        def forward():
+            with torch.inference_mode(), bfloat16:
+                compiled(images)
+
+        def step():
+            optimizer.zero_grad()
+            with bfloat16:
+                loss = torch.nn.functional.cross_entropy(compiled(images), labels)
+            loss.backward()
+            optimizer.step()
+
+        def run(calls):
+            for _ in range(calls):
+                forward() if kind == "forward" else step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        if device == "cuda":
+            run.device_bytes = torch.cuda.max_memory_allocated
+        return run
+
+    return make, sum(weight.numel() for weight in model.parameters())
+
+
+def contenders(size, kind, side, platform):
+    variables = {
+        "KERAS_BACKEND": "jax",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+        "JAX_PLATFORMS": platform,
+    }
+    options = {"size": size, "kind": kind, "side": side}
+    return {
+        OURS: Contender(ours, None, ("keras", "jax"), options, variables),
+        "timm, compiled": Contender(
+            timm,
+            "timm" if platform == "cpu" else None,
+            ("timm", "torch"),
+            {**options, "device": platform},
+            variables,
+        ),
+    }
+
+
+def multiplications(size, side):
+    """Of the matrix products of one image's forward pass."""
+    hidden_dim, depth, _, mlp_dim = size
+    patches = (side // PATCH) ** 2
+    n = patches + 1
+    block = n * (4 * hidden_dim**2 + 2 * hidden_dim * mlp_dim) + 2 * n**2 * hidden_dim
+    return patches * 3 * PATCH**2 * hidden_dim + depth * block + CLASSES * hidden_dim
+
+
+def card():
+    """The name of the GPU."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.check_output(command, text=True).splitlines()[0].strip()
+
+
+def peak_tflops(name):
+    """What a card can do in dense bfloat16, in 1e12 operations per second, or None."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def table(result):
+    rows, versions, missing = [], {}, {}
+    for group in result["groups"]:
+        for case in group["cases"]:
+            for name, entry in case["contenders"].items():
+                versions |= entry.get("versions", {})
+                where = f"{group['variant']}, {group['kind']}"
+                if "missing" in entry:
+                    missing.setdefault(f"{name}, {where}", (case["case"], entry["missing"]))
+                else:
+                    rows.append((where, case["case"], name, *cells(entry, case, group, result)))
+    columns = ("", "batch", "", "images/s: best, median", "MFU", "GB")
+    parts = [f"{result['card']}\n", markdown(columns, rows)]
+    parts += [f"{name} from batch {b} on: {why}\n" for name, (b, why) in missing.items()]
+    return "\n".join([*parts, versions_line(versions), described(result)])
+
+
+def cells(entry, case, group, result):
+    best, median = (case["case"] / f(entry["seconds"]) for f in (min, statistics.median))
+    operations = 2 * group["multiplications"] * (3 if group["kind"] == "training" else 1)
+    peak, memory = result["peak_tflops"], entry.get("device_bytes")
+    mfu = f"{best * operations / (peak * 1e12):.1%}" if peak else ""
+    return f"{best:,.0f}, {median:,.0f}", mfu, f"{memory / 1e9:.1f}" if memory else ""
+
+
+def plot(result, path):
+    """Images per second against the batch."""
+
+    def panel(group):
+        def curves(axes):
+            for name in group["cases"][0]["contenders"]:
+                entries = [(case["case"], case["contenders"][name]) for case in group["cases"]]
+                entries = [(batch, entry) for batch, entry in entries if "missing" not in entry]
+                speeds = [batch / min(entry["seconds"]) for batch, entry in entries]
+                axes.loglog([batch for batch, _ in entries], speeds, "o-", label=name)
+            axes.set_title(f"{group['variant']}, {group['kind']}: images/s")
+            axes.set_xlabel("batch")
+            axes.legend()
+
+        return curves
+
+    kinds = [[g for g in result["groups"] if g["kind"] == kind] for kind in ("forward", "training")]
+    draw(path, *([panel(group) for group in groups] for groups in kinds))
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
+    arguments.add_argument("--peak-tflops", type=float, help="of the card, dense bfloat16")
+    arguments = arguments.parse_args()
+    quick, groups = arguments.quick, []
+    side = 32 if quick else 224
+    for variant, size in {"tiny": TINY}.items() if quick else SIZES.items():
+        for kind in ("forward", "training"):
+            print(f"{variant}, {kind}", flush=True)
+            cases = compare(
+                contenders(size, kind, side, arguments.platform),
+                (2, 4) if quick else BATCHES,
+                rounds=2 if quick else 5,
+                turn=0.1 if quick else 1.0,
+            )
+            group = {"variant": variant, "kind": kind, "cases": cases}
+            groups.append({**group, "multiplications": multiplications(size, side)})
+    name = card() if arguments.platform == "cuda" else "a CPU: no figures to go by"
+    peak = arguments.peak_tflops or peak_tflops(name)
+    is_trial = quick or arguments.platform == "cpu"
+    save("gpu", is_trial, card=name, peak_tflops=peak, groups=groups)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""How time and memory grow with the image, the patch, the batch and the depth.
+
+    python benchmarks/growth.py
+
+A ViT of width 192 with 3 heads, 2 blocks, patches of 16 px, 224 px and 8 images, unless they are
+what grows: its forward pass and training step as in speed.py, and its fp32 and dynamic_int8
+`.tflite` files (batch 1, loaded anew). Beside the exponent p of x^p that fits best stands that of
+theory over the same points: for time, of the multiplications; for memory, of the bytes that must be
+kept. Each point is a process of its own; both memories are above those of a model of one token.
+
+Micro-batches: a training step of 64 images in k parts, and of 8 k images in k parts.
+"""
+
+import pathlib
+import statistics
+import tempfile
+import time
+
+import numpy as np
+from harness import Contender, compare, described, draw, exponent, markdown, parser, save
+
+PACKAGES = ("keras", "tensorflow", "ai-edge-litert")
+CLASSES, WIDTH, HEADS, MLP = 1000, 192, 3, 768
+BASE = {"image": 224, "patch": 16, "batch": 8, "depth": 2, "parts": 1}
+SERIES = {
+    "image": (96, 160, 224, 384, 512),
+    "patch": (8, 16, 32),
+    "batch": (1, 4, 16, 64),
+    "depth": (1, 2, 4, 8),
+}
+QUICK = {"image": (64, 128)}
+PARTS = (1, 2, 4, 8)
+BATCHES_OF_PARTS = (lambda k: 64, lambda k: 8 * k)
+KINDS = ("forward", "training", "fp32", "dynamic_int8")
+
+
+def tokens(case):
+    """Patches of an image, and the class token."""
+    return (case["image"] // case["patch"]) ** 2 + 1
+
+
+def multiplications(case):
+    """Of a forward pass: projection, then qkv and output, q k^T and A v, and the MLP; the head."""
+    n, d = tokens(case), WIDTH
+    block = n * (4 * d * d + 2 * d * MLP) + 2 * n**2 * d
+    projection = (n - 1) * 3 * case["patch"] ** 2 * d
+    return case["batch"] * (projection + case["depth"] * block + CLASSES * d)
+
+
+def kept(case, kind):
+    """Bytes that a call must take at once.
+
+    Of a pass: the residual stream and the largest of what a block makes of it, scores or MLP. Of a
+    step: the gradients, and per block and image of a part the inputs of products, norms, softmax
+    and GELU, which the backward pass reads again. Of a file: its weights, and a pass.
+    """
+    n, d = tokens(case), WIDTH
+    weights = case["depth"] * (4 * d * d + 2 * d * MLP) + (3 * case["patch"] ** 2 + CLASSES) * d
+    scores = HEADS * n**2
+    if kind == "training":
+        block = n * (8 * d + 2 * MLP) + scores
+        return 4 * (weights + case["batch"] // case["parts"] * case["depth"] * block)
+    pass_ = 4 * case["batch"] * (n * d + max(3 * n * d + scores, n * MLP))
+    return pass_ + {"forward": 0, "fp32": 4, "dynamic_int8": 1}[kind] * weights
+
+
+def build(case):
+    import keras_vit
+
+    size = keras_vit.ViTConfig(WIDTH, case["depth"], HEADS, MLP, case["patch"])
+    return keras_vit.build_vit(size, image_size=case["image"], num_classes=CLASSES)
+
+
+def images(case):
+    shape = (case["batch"], case["image"], case["image"], 3)
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+def contender(kind, case):
+    """What is measured; `case` is a dictionary as `BASE`."""
+    make = {"forward": forward, "training": training}.get(kind, file)(kind)
+    return lambda _: make(case), None
+
+
+def forward(_):
+    import tensorflow as tf
+
+    import keras_vit
+
+    def make(case):
+        vit = keras_vit.skip_unread_tokens(build(case))
+        function = tf.function(lambda x: vit(x, training=False), jit_compile=True)
+        x = tf.constant(images(case))
+
+        def run(calls):
+            for _ in range(calls):
+                function(x).numpy()
+
+        return run
+
+    return make
+
+
+def training(_):
+    import keras
+    import tensorflow as tf
+
+    import keras_vit
+    from keras_vit.training import DistributedModel
+
+    def make(case):
+        vit = keras_vit.skip_unread_tokens(build(case))
+        model = DistributedModel(vit.input, vit.output)
+        model.compile(
+            keras.optimizers.AdamW(1e-4),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            micro_batches=case["parts"],
+        )
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        labels = np.arange(case["batch"])
+        batches = tf.data.Dataset.from_tensors((images(case), labels)).repeat()
+        batches = batches.with_options(options)
+
+        def run(calls):
+            model.fit(batches, steps_per_epoch=calls, shuffle=False, verbose=0)
+
+        return run
+
+    return make
+
+
+def file(mode):
+    """A file; each run loads it anew, which its time leaves out and its memory does not."""
+    from ai_edge_litert.interpreter import Interpreter
+    from harness import cores
+
+    from keras_vit.export import export_tflite
+
+    def make(case):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "vit.tflite"
+            export_tflite(build(case), path, mode=mode)
+            content = path.read_bytes()
+
+        def run(calls):
+            interpreter = Interpreter(model_content=content, num_threads=cores())
+            interpreter.allocate_tensors()
+            [details] = interpreter.get_input_details()
+            interpreter.set_tensor(details["index"], images(case))
+            interpreter.invoke()
+            start = time.perf_counter()
+            for _ in range(calls):
+                interpreter.invoke()
+            return time.perf_counter() - start
+
+        return run
+
+    return make
+
+
+def measured_series(kind, grows, cases, quick):
+    """Measures the cases, a process for each; returns them with what theory says.
+
+    The first is the least that there is, one token: what it takes is that of any model.
+    """
+    print(f"{kind}, growing {grows}", flush=True)
+    least = {**BASE, "image": BASE["patch"], "batch": 1}
+    points = {f"{grows} {case[grows]}": case for case in cases}
+    points = {"least": least, **points}
+    contenders = {
+        name: Contender(contender, None, PACKAGES, {"kind": kind, "case": case})
+        for name, case in points.items()
+    }
+    [measured] = compare(contenders, [None], rounds=2 if quick else 3, turn=0.2)
+    return {
+        "kind": kind,
+        "grows": grows,
+        "points": [
+            {
+                **case,
+                "multiplications": multiplications(case),
+                "kept_bytes": kept(case, kind),
+                **measured["contenders"][name],
+            }
+            for name, case in points.items()
+        ],
+    }
+
+
+def curves(series):
+    """x, and of time and of memory what was measured and what theory says; of no failed point."""
+    least, *points = series["points"]
+    points = [point for point in points if "missing" not in point]
+    return (
+        [point[series["grows"]] for point in points],
+        [min(point["seconds"]) for point in points],
+        [point["multiplications"] for point in points],
+        [added(point, least, "peak_bytes") for point in points],
+        [added(point, least, "kept_bytes") for point in points],
+    )
+
+
+def added(point, least, name):
+    """Bytes more than of the least model."""
+    return max(1, point[name] - least[name])
+
+
+def table(result):
+    """Exponents, then the micro-batches."""
+    rows = []
+    for series in result["series"]:
+        x, *values = curves(series)
+        name = f"{series['kind']}, {series['grows']} {x[0]} to {x[-1]}"
+        rows.append((name, *(f"{exponent(x, y):.2f}" for y in values)))
+    columns = ("", "time, p", "theory", "memory, p", "theory")
+    parts = [markdown(columns, rows)]
+    rows = [
+        (
+            f"{point['batch']} images in {point['parts']}",
+            f"{min(point['seconds']):.3f}, {statistics.median(point['seconds']):.3f}",
+            f"{added(point, series['points'][0], 'peak_bytes') / 1e6:.0f}",
+            f"{added(point, series['points'][0], 'kept_bytes') / 1e6:.0f}",
+        )
+        for series in result["micro_batches"]
+        for point in series["points"][1:]
+        if "missing" not in point
+    ]
+    parts.append(markdown(("micro-batches", "s per step: min, median", "MB more", "theory"), rows))
+    return "\n".join([*parts, described(result)])
+
+
+def plot(result, path):
+    """Time above memory against what grows, log-log; dotted theory, through the middle point."""
+    grown = list(dict.fromkeys(series["grows"] for series in result["series"]))
+
+    def panel(grows, measured, theory, title):
+        def curve(axes):
+            for series in result["series"]:
+                if series["grows"] != grows:
+                    continue
+                values = curves(series)
+                x, y, expected = values[0], values[measured], values[theory]
+                label = f"{series['kind']} {exponent(x, y):.2f} ({exponent(x, expected):.2f})"
+                [line] = axes.loglog(x, y, "o-", label=label)
+                middle = len(x) // 2
+                scaled = [value * y[middle] / expected[middle] for value in expected]
+                axes.loglog(x, scaled, ":", color=line.get_color())
+            axes.set_title(f"{title} against {grows}: p (theory)")
+            axes.legend(fontsize="small")
+
+        return curve
+
+    draw(
+        path,
+        [panel(grows, 1, 2, "s per call") for grows in grown],
+        [panel(grows, 3, 4, "bytes") for grows in grown],
+    )
+
+
+def main():
+    quick = parser(__doc__).parse_args().quick
+    series = []
+    for kind in KINDS[:3] if quick else KINDS:
+        is_file = kind not in ("forward", "training")
+        base = {**BASE, "batch": 1} if is_file or quick else BASE
+        for grows, values in (QUICK if quick else SERIES).items():
+            if not (is_file and grows == "batch"):  # a file takes one image
+                cases = [{**base, grows: value} for value in values]
+                series.append(measured_series(kind, grows, cases, quick))
+    parts = PARTS[:2] if quick else PARTS
+    micro_batches = [
+        measured_series(
+            "training", "parts", [{**BASE, "parts": k, "batch": batch(k)} for k in parts], quick
+        )
+        for batch in BATCHES_OF_PARTS[: 1 if quick else 2]
+    ]
+    save("growth", quick, series=series, micro_batches=micro_batches)
+
+
+if __name__ == "__main__":
+    main()

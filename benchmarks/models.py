@@ -1,0 +1,277 @@
+"""The same ViT, built and run as the users of keras-vit and of each of its peers do.
+
+Each function here is the `build` of a `harness.Contender`: what `speed.py` measures.
+"""
+
+import numpy as np
+
+CLASSES, SIDE, PATCH = 1000, 224, 16
+LEARNING_RATE = 1e-4
+SIZES = {  # hidden_dim, depth, num_heads, mlp_dim
+    "Ti/16": (192, 12, 3, 768),
+    "S/16": (384, 12, 6, 1536),
+    "two blocks of Ti/16": (192, 2, 3, 768),  # to try
+}
+
+
+def data(batch):
+    """Images (B, H, W, C) and one-hot labels."""
+    random = np.random.default_rng(0)
+    images = random.normal(size=(batch, SIDE, SIDE, 3)).astype("float32")
+    return images, np.eye(CLASSES, dtype="float32")[random.integers(CLASSES, size=batch)]
+
+
+def ours(variant, kind):
+    import keras_vit
+    from keras_vit.training import DistributedModel
+
+    size = keras_vit.ViTConfig(*SIZES[variant], PATCH)
+    vit = keras_vit.skip_unread_tokens(keras_vit.build_vit(size, num_classes=CLASSES))
+    if kind == "forward":
+        return keras_forward(vit, xla=True)
+    return keras_training(DistributedModel(vit.input, vit.output))
+
+
+def keras_hub(variant, kind, xla):
+    from keras_hub.models import ViTBackbone, ViTImageClassifier
+
+    hidden_dim, depth, num_heads, mlp_dim = SIZES[variant]
+    backbone = ViTBackbone(
+        image_shape=(SIDE, SIDE, 3),
+        patch_size=PATCH,
+        num_layers=depth,
+        num_heads=num_heads,
+        hidden_dim=hidden_dim,
+        mlp_dim=mlp_dim,
+    )
+    return keras_contender(ViTImageClassifier(backbone, CLASSES), kind, xla)
+
+
+def vit_keras(variant, kind):
+    from vit_keras import vit
+
+    hidden_dim, depth, num_heads, mlp_dim = SIZES[variant]
+    model = vit.build_model(
+        image_size=SIDE,
+        patch_size=PATCH,
+        num_layers=depth,
+        hidden_size=hidden_dim,
+        num_heads=num_heads,
+        name="vit",
+        mlp_dim=mlp_dim,
+        classes=CLASSES,
+        dropout=0.0,
+    )
+    return keras_contender(model, kind)
+
+
+def keras_io_example(variant, kind):
+    import keras
+    from keras import layers
+
+    class Patches(layers.Layer):
+        """Images -> (B, N, P * P * C)."""
+
+        def call(self, images):
+            patches = keras.ops.image.extract_patches(images, PATCH)
+            return keras.ops.reshape(patches, (-1, (SIDE // PATCH) ** 2, PATCH * PATCH * 3))
+
+    class PatchEncoder(layers.Layer):
+        """A projection, plus an embedding of the place."""
+
+        def __init__(self, patches, width):
+            super().__init__()
+            self.patches = patches
+            self.projection = layers.Dense(width)
+            self.positions = layers.Embedding(patches, width)
+
+        def call(self, x):
+            places = keras.ops.expand_dims(keras.ops.arange(self.patches), 0)
+            return self.projection(x) + self.positions(places)
+
+    hidden_dim, depth, num_heads, mlp_dim = SIZES[variant]
+    inputs = keras.Input((SIDE, SIDE, 3))
+    x = PatchEncoder((SIDE // PATCH) ** 2, hidden_dim)(Patches()(inputs))
+    for _ in range(depth):
+        y = layers.LayerNormalization(epsilon=1e-6)(x)
+        y = layers.MultiHeadAttention(num_heads, hidden_dim // num_heads)(y, y)
+        x = layers.Add()([y, x])
+        y = layers.LayerNormalization(epsilon=1e-6)(x)
+        for units in (mlp_dim, hidden_dim):
+            y = layers.Dense(units, activation=keras.activations.gelu)(y)
+        x = layers.Add()([y, x])
+    x = layers.LayerNormalization(epsilon=1e-6)(x)
+    logits = layers.Dense(CLASSES)(layers.GlobalAveragePooling1D()(x))
+    return keras_contender(keras.Model(inputs, logits), kind)
+
+
+def keras_contender(model, kind, xla=False):
+    if kind == "forward":
+        return keras_forward(model, xla)
+    return keras_training(model, **({"jit_compile": True} if xla else {}))
+
+
+def keras_forward(model, xla):
+    import tensorflow as tf
+
+    function = tf.function(lambda images: model(images, training=False), jit_compile=True)
+
+    def make(batch):
+        images = tf.constant(data(batch)[0])
+        batches = repeated(images)
+
+        def run(calls):
+            if not xla:
+                return model.predict(batches, steps=calls, verbose=0)
+            for _ in range(calls):
+                function(images).numpy()
+
+        return lambda calls: ignore(run(calls))
+
+    return make, model.count_params()
+
+
+def ignore(_):
+    """Gives None: of a contender's run, anything else would be its time."""
+
+
+def keras_training(model, **options):
+    import keras
+
+    model.compile(
+        keras.optimizers.AdamW(LEARNING_RATE),
+        keras.losses.CategoricalCrossentropy(from_logits=True),
+        metrics=[],  # KerasHub would choose some
+        **options,
+    )
+
+    def make(batch):
+        batches = repeated(data(batch))
+        return lambda calls: ignore(
+            model.fit(batches, steps_per_epoch=calls, shuffle=False, verbose=0)
+        )
+
+    return make, model.count_params()
+
+
+def repeated(tensors):
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False  # its thread lets the end of `fit` wait, up to a minute
+    return tf.data.Dataset.from_tensors(tensors).repeat().with_options(options)
+
+
+def timm(variant, kind, compiled):
+    import timm
+
+    hidden_dim, depth, num_heads, _ = SIZES[variant]
+    sizes = {"embed_dim": hidden_dim, "depth": depth, "num_heads": num_heads}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **sizes)
+    return torch_contender(model, kind, compiled)
+
+
+def vit_pytorch(variant, kind, compiled):
+    import vit_pytorch
+
+    hidden_dim, depth, num_heads, mlp_dim = SIZES[variant]
+    model = vit_pytorch.ViT(
+        image_size=SIDE,
+        patch_size=PATCH,
+        num_classes=CLASSES,
+        dim=hidden_dim,
+        depth=depth,
+        heads=num_heads,
+        mlp_dim=mlp_dim,
+        dim_head=hidden_dim // num_heads,
+    )
+    return torch_contender(model, kind, compiled)
+
+
+def torch_contender(model, kind, compiled):
+    import torch
+
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    def make_forward(batch):
+        images = torch.from_numpy(data(batch)[0].transpose(0, 3, 1, 2).copy())  # (B, C, H, W)
+        model.eval()
+
+        def run(calls):
+            with torch.inference_mode():
+                for _ in range(calls):
+                    forward(images)
+
+        return run
+
+    def make_training(batch):
+        images, labels = data(batch)
+        images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        labels = torch.from_numpy(labels)
+        optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
+        model.train()
+
+        def run(calls):
+            for _ in range(calls):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(forward(images), labels).backward()
+                optimizer.step()
+
+        return run
+
+    weights = sum(weight.numel() for weight in model.parameters())
+    return make_forward if kind == "forward" else make_training, weights
+
+
+def products(variant, kind):
+    """The matrix products of our pass or step alone, by XLA.
+
+    A ViT without norms, biases, softmax, GELU and residuals, of the same shapes and weights.
+    """
+    import tensorflow as tf
+
+    def weight(*shape):
+        return tf.Variable(tf.random.normal(shape, stddev=shape[0] ** -0.5))
+
+    width, depth, heads, mlp = SIZES[variant]
+    embedding, head = weight(PATCH * PATCH * 3, width), weight(width, CLASSES)
+    blocks = [
+        (weight(width, 3 * width), weight(width, width), weight(width, mlp), weight(mlp, width))
+        for _ in range(depth)
+    ]
+    variables = [embedding, head, *(weight for block in blocks for weight in block)]
+
+    def split(x, count):
+        return tf.transpose(tf.reshape(x, (len(x), -1, count, width // heads)), (0, 2, 1, 3))
+
+    def forward(patches):
+        x = tf.pad(patches @ embedding, ((0, 0), (1, 0), (0, 0)))
+        for i, (qkv, proj, fc1, fc2) in enumerate(blocks):
+            if i < depth - 1:
+                q, k, v = tf.split(split(x @ qkv, 3 * heads), 3, axis=1)
+            else:  # the class token alone
+                q = split(x[:, :1] @ qkv[:, :width], heads)
+                k, v = tf.split(split(x @ qkv[:, width:], 2 * heads), 2, axis=1)
+            x = tf.matmul(tf.matmul(q, k, transpose_b=True), v)
+            x = tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (len(patches), -1, width))
+            x = x @ proj @ fc1 @ fc2
+        return x[:, 0] @ head
+
+    @tf.function(jit_compile=True)
+    def step(patches):
+        if kind == "forward":
+            return forward(patches)
+        with tf.GradientTape() as tape:
+            y = tf.reduce_sum(forward(patches))
+        return tape.gradient(y, variables)
+
+    def make(batch):
+        patches = tf.constant(data(batch)[0].reshape(batch, (SIDE // PATCH) ** 2, -1))
+
+        def run(calls):
+            for _ in range(calls):
+                tf.nest.flatten(step(patches))[0].numpy()
+
+        return run
+
+    return make, None

@@ -1,0 +1,246 @@
+"""How fast a ViT computes and trains on the CPU: keras-vit and its peers in turns.
+
+    python benchmarks/speed.py
+
+ViT-Ti/16 and S/16 at 224 px, 1,000 classes, float32, no dropout, the same batch of noise each time,
+which lies in memory. `forward` is inference; `training` a step of it: forward pass, softmax
+cross-entropy, backward pass and AdamW's update. Each contender runs as its users would run it:
+
+- keras-vit: `skip_unread_tokens(vit)`, as `keras-vit train` does; inference by
+  `tf.function(jit_compile=True)` of it, training by `DistributedModel` as it comes, with XLA;
+- its products alone: the matrix products of our pass or step and nothing else, compiled by XLA;
+- KerasHub: `predict` and `fit` as they come; "XLA": `tf.function(jit_compile=True)`, and `fit` with
+  `compile(jit_compile=True)`;
+- keras.io example: what "Image classification with Vision Transformer" builds (positions in an
+  Embedding, keras.layers.MultiHeadAttention, an MLP), at our size. So the heads' width is
+  hidden_dim / num_heads, and where it flattens all tokens into a large MLP, the mean of the tokens
+  goes to one Dense layer. It has no class token. `predict` and `fit`;
+- vit-keras: its own `build_model`, `predict` and `fit`;
+- timm and vit-pytorch: PyTorch as it comes, and "compiled": `torch.compile`. vit-pytorch has no
+  bias in qkv, and two norms more about the patch projection.
+"""
+
+import statistics
+
+import models
+from harness import (
+    Contender,
+    compare,
+    described,
+    draw,
+    markdown,
+    parser,
+    ratio,
+    save,
+    versions_line,
+)
+
+OURS, PRODUCTS = "keras-vit", "its products alone"
+BATCHES = {
+    "Ti/16": {"forward": (1, 8, 32), "training": (8, 32)},
+    "S/16": {"forward": (1, 32), "training": (32,)},
+}
+QUICK = {"two blocks of Ti/16": {"forward": (1,), "training": (1,)}}
+ROUNDS = {"Ti/16": 5, "S/16": 3}
+SAME = (OURS, "KerasHub", "vit-keras", "timm")
+CLAIMED = (
+    "KerasHub",
+    "keras.io example",
+    "vit-keras",
+    "timm",
+    "vit-pytorch",
+)  # of the peers, in README
+# (kind, batch, peer, what, goal) for each size: ours against the better mode of the peer.
+GOALS = (
+    ("forward", 32, "KerasHub", "speed", 1.2),
+    ("forward", 32, "timm", "speed", 1.0),
+    ("forward", 1, "KerasHub", "speed", 1.2),
+    ("training", 32, "KerasHub", "speed", 1.25),
+    ("training", 32, "timm", "speed", 1.0),
+    ("training", 32, "KerasHub", "memory", 1.0),
+    ("training", 32, "timm", "memory", 1.0),
+)
+
+
+def contenders(variant, kind):
+    keras = ("keras", "tensorflow")
+
+    def one(build, environment, *packages, **options):
+        options = {"variant": variant, "kind": kind, **options}
+        return Contender(build, environment, packages, options)
+
+    return {
+        OURS: one(models.ours, None, *keras),
+        PRODUCTS: one(models.products, None, "tensorflow"),
+        "KerasHub": one(models.keras_hub, "keras-hub", *keras, "keras-hub", xla=False),
+        "KerasHub, XLA": one(models.keras_hub, "keras-hub", *keras, "keras-hub", xla=True),
+        "keras.io example": one(models.keras_io_example, None, *keras),
+        "vit-keras": one(models.vit_keras, "vit-keras", *keras, "vit-keras"),
+        "timm": one(models.timm, "timm", "torch", "timm", compiled=False),
+        "timm, compiled": one(models.timm, "timm", "torch", "timm", compiled=True),
+        "vit-pytorch": one(
+            models.vit_pytorch, "vit-pytorch", "torch", "vit-pytorch", compiled=False
+        ),
+        "vit-pytorch, compiled": one(
+            models.vit_pytorch, "vit-pytorch", "torch", "vit-pytorch", compiled=True
+        ),
+    }
+
+
+def check_same_model(measured):
+    """Raises ValueError unless those with the same architecture have as many weights."""
+    weights = {
+        name: entry["weights"]
+        for name, entry in measured.items()
+        if "missing" not in entry and name.split(",")[0] in SAME
+    }
+    if len(set(weights.values())) > 1:
+        raise ValueError(f"The contenders must be the same model. Received: {weights} weights.")
+
+
+def table(result):
+    """Goals, then a table for each size and kind."""
+    parts = [goals_table(result)]
+    for group in result["groups"]:
+        cases = group["cases"]
+        columns = ["contender", "weights"]
+        for case in cases:
+            columns += [f"batch {case['case']}, ms", "ours / it"]
+        columns.append("peak MB")
+        rows = [group_row(name, cases) for name in cases[-1]["contenders"]]
+        parts.append(f"{group['variant']}, {group['kind']}:\n\n{markdown(columns, rows)}")
+    return "\n".join([*parts, missing_list(result), described(result)])
+
+
+def group_row(name, cases):
+    """Minimum and median of a contender's time, and our speed over its."""
+    row = [name, ""]
+    for case in cases:
+        entry, best = case["contenders"][name], case["contenders"][OURS]
+        if "missing" in entry:
+            row += ["missing", ""]
+            continue
+        row[1] = f"{entry['weights']:,}" if entry["weights"] else ""
+        times = [1e3 * f(entry["seconds"]) for f in (min, statistics.median)]
+        row.append(", ".join(f"{time:.{0 if time >= 100 else 1}f}" for time in times))
+        ratios = [ratio(best, entry, f) for f in (min, statistics.median)]
+        row.append(", ".join(f"{value:.2f}" for value in ratios))
+    peak = cases[-1]["contenders"][name].get("peak_bytes")
+    return [*row, f"{peak / 1e6:,.0f}" if peak else ""]
+
+
+def missing_list(result):
+    """Who could not be measured, and why; and the versions of those who could."""
+    reasons, versions = {}, {}
+    for group in result["groups"]:
+        for case in group["cases"]:
+            for name, entry in case["contenders"].items():
+                versions |= entry.get("versions", {})
+                if "missing" in entry:
+                    where = f"{name} ({group['variant']}, {group['kind']}, batch {case['case']})"
+                    reasons.setdefault(entry["missing"], where)
+    lines = [f"{where} is missing: {reason}\n" for reason, where in reasons.items()]
+    return "\n".join([*lines, versions_line(versions)])
+
+
+def judged(result):
+    """Each goal as (variant, kind, batch, peer, what, goal, by minimum, by median); memory once."""
+    for group in result["groups"]:
+        for kind, batch, peer, what, goal in GOALS:
+            for case in group["cases"]:
+                if group["kind"] != kind or case["case"] != batch:
+                    continue
+                entries = case["contenders"]
+                modes = [
+                    entry
+                    for name, entry in entries.items()
+                    if name.split(",")[0] == peer and "missing" not in entry
+                ]
+                if modes and "missing" not in entries[OURS]:
+                    values = against(entries[OURS], modes, what)
+                    yield (group["variant"], kind, batch, peer, what, goal, *values)
+
+
+def against(entry, modes, what):
+    """Our speed over that of the fastest mode, by minimum and median; or our memory over its."""
+    if what == "speed":
+        return [min(ratio(entry, mode, f) for mode in modes) for f in (min, statistics.median)]
+    return [entry["peak_bytes"] / min(mode["peak_bytes"] for mode in modes)]
+
+
+def goals_table(result):
+    rows = []
+    for variant, kind, batch, peer, what, goal, *values in judged(result):
+        kept = values[0] >= goal if what == "speed" else values[0] <= goal
+        sign = ">=" if what == "speed" else "<="
+        rows.append(
+            (
+                f"{variant}, {kind}, batch {batch}: {what} / {peer}",
+                f"{sign} {goal}",
+                ", ".join(f"{value:.2f}" for value in values),
+                "kept" if kept else "missed",
+            )
+        )
+    return markdown(("ours over the better mode of the peer", "goal", "is", ""), rows)
+
+
+def plot(result, path):
+    """Images per second of each contender at the largest batch, a panel for each size and kind."""
+
+    def panel(group):
+        def bars(axes):
+            case = group["cases"][-1]
+            entries = {k: v for k, v in case["contenders"].items() if "missing" not in v}
+            speeds = [case["case"] / min(entry["seconds"]) for entry in entries.values()]
+            colors = [
+                "C1" if name == OURS else "C7" if name == PRODUCTS else "C0" for name in entries
+            ]
+            axes.barh(list(entries), speeds, color=colors)
+            axes.invert_yaxis()
+            axes.set_title(f"{group['variant']}, {group['kind']}, batch {case['case']}: images/s")
+
+        return bars
+
+    draw(path, [panel(group) for group in result["groups"]], width=4.5)
+
+
+def claims(result):
+    """README's table: ours over the better mode of each peer, at the largest batch."""
+    rows = []
+    for group in result["groups"]:
+        case = group["cases"][-1]
+        entries = case["contenders"]
+        row = [f"{group['variant']}, {group['kind']}"]
+        row.append(f"{case['case'] / min(entries[OURS]['seconds']):.1f}")
+        for peer in CLAIMED:
+            modes = [
+                entry
+                for name, entry in entries.items()
+                if name.split(",")[0] == peer and "missing" not in entry
+            ]
+            row.append(f"{against(entries[OURS], modes, 'speed')[0]:.2f}" if modes else "missing")
+        rows.append(row)
+    columns = ["", "images/s", *(f"/ {peer}" for peer in CLAIMED)]
+    return markdown(columns, rows) + "\n" + described(result)
+
+
+def main():
+    quick = parser(__doc__).parse_args().quick
+    groups = []
+    for variant, kinds in (QUICK if quick else BATCHES).items():
+        for kind, batches in kinds.items():
+            print(f"{variant}, {kind}", flush=True)
+            cases = compare(
+                contenders(variant, kind),
+                batches,
+                rounds=ROUNDS.get(variant, 2),
+                turn=0.1 if quick else 0.5,
+                least_calls=1 if kind == "forward" else 2,
+            )
+            check_same_model(cases[0]["contenders"])
+            groups.append({"variant": variant, "kind": kind, "cases": cases})
+    save("speed", quick, groups=groups)
+
+
+if __name__ == "__main__":
+    main()

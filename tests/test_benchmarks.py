@@ -1,0 +1,219 @@
+"""The harness of the benchmarks, with contenders that compute nothing; what READMEs claim."""
+
+import json
+import pathlib
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks():
+    """The folder of the benchmarks on the path, as when one of them runs."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def fake(seconds, weights=None, fails_at=None):
+    """A contender that says it took `seconds` a call."""
+
+    def make(case):
+        if case == fails_at:
+            raise ValueError(f"no case {case}")
+        return lambda calls: calls * seconds
+
+    return make, weights
+
+
+def sleeping(seconds):
+    return lambda case: lambda calls: time.sleep(seconds * calls), None
+
+
+def hungry(megabytes):
+    """Takes memory for the time of a call."""
+    return lambda case: lambda calls: bytearray(b"x") * (megabytes * 2**20) and None, None
+
+
+def compare(contenders, cases, **options):
+    import harness
+
+    return harness.compare(contenders, cases, **options)
+
+
+def contender(build, environment=None, packages=(), **options):
+    from harness import Contender
+
+    return Contender(build, environment, packages, options)
+
+
+def test_contenders_are_measured_in_their_processes():
+    [first, second] = compare(
+        {
+            "ours": contender(fake, seconds=0.25, weights=7, packages=("numpy",)),
+            "theirs": contender(fake, seconds=0.5),
+        },
+        [3, {"batch": 5}],
+        rounds=3,
+    )
+    assert (first["case"], second["case"]) == (3, {"batch": 5})
+    ours, theirs = first["contenders"].values()
+    assert ours["seconds"] == [0.25] * 3
+    assert theirs["seconds"] == [0.5] * 3
+    assert (ours["weights"], theirs["weights"]) == (7, None)
+    assert set(ours["versions"]) == {"numpy"}
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_the_clock_of_the_harness_is_per_call():
+    [case] = compare({"a": contender(sleeping, seconds=0.01)}, [None], rounds=1, least_calls=4)
+    [seconds] = case["contenders"]["a"]["seconds"]
+    assert seconds >= 0.01
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory():
+    [case] = compare({"a": contender(hungry, megabytes=100)}, [None], rounds=1)
+    entry = case["contenders"]["a"]
+    added = (entry["peak_bytes"] - entry["resident_bytes"]) / 2**20
+    assert added == pytest.approx(100, abs=2)  # Linux counts pages in lots
+
+
+def test_who_fails_is_missing_and_the_others_go_on():
+    first, second = compare(
+        {
+            "a": contender(fake, seconds=0.1),
+            "fails later": contender(fake, seconds=0.1, fails_at=2),
+            "cannot be built": contender(fake),
+            "is not installed": contender(fake, packages=("no-such-package",), seconds=0.1),
+        },
+        [1, 2],
+        rounds=1,
+    )
+    missing = {
+        name: entry["missing"] for name, entry in second["contenders"].items() if "missing" in entry
+    }
+    assert "seconds" in first["contenders"]["fails later"]
+    assert "seconds" in second["contenders"]["a"]
+    assert missing.keys() == {"fails later", "cannot be built", "is not installed"}
+    assert missing["fails later"] == "ValueError: no case 2"
+    assert "missing 1 required positional argument: 'seconds'" in missing["cannot be built"]
+    assert "no-such-package" in missing["is not installed"]
+
+
+def test_an_environment_that_cannot_be_made_is_missing(tmp_path, monkeypatch):
+    import environments
+
+    monkeypatch.setattr(environments, "FOLDER", tmp_path)
+    monkeypatch.setitem(environments.PACKAGES, "impossible", ("./no/such/folder",))
+    [case] = compare({"a": contender(fake, "impossible", seconds=1)}, [None], rounds=1)
+    assert "no/such/folder" in case["contenders"]["a"]["missing"]
+    with pytest.raises(environments.Missing, match="is not there"):
+        environments.python_of("impossible", make=False)
+
+
+def test_ratios_and_exponents():
+    import statistics
+
+    import harness
+
+    ours, theirs = {"seconds": [2.0, 4.0, 3.0]}, {"seconds": [5.0, 9.0, 6.0]}
+    assert harness.ratio(ours, theirs) == 2.5
+    assert harness.ratio(ours, theirs, statistics.median) == 2.0
+    x = [1, 2, 5, 11]
+    assert harness.exponent(x, [3 * value**1.7 for value in x]) == pytest.approx(1.7)
+
+
+def test_multiplications_are_those_of_the_readme():
+    """Ti/16 at 224 px has 1.25 GMACs: `tests/test_readme.py` counts them anew."""
+    import growth
+
+    case = {**growth.BASE, "depth": 12, "batch": 1}
+    assert f"{growth.multiplications(case) / 1e9:.2f}" == "1.25"
+
+
+def test_growth_table_sets_measured_beside_theory(tmp_path):
+    """Time as the square root of the multiplications, memory as theory: so says the table."""
+    import growth
+
+    cases = [{**growth.BASE, "batch": batch} for batch in (2, 4, 16)]
+    cases = [{**growth.BASE, "image": 16, "batch": 1}, *cases]
+    points = [
+        {
+            **case,
+            "multiplications": growth.multiplications(case),
+            "kept_bytes": growth.kept(case, "forward"),
+            "seconds": [1e-9 * growth.multiplications(case) ** 0.5],
+            "peak_bytes": 10**9 + growth.kept(case, "forward"),
+        }
+        for case in cases
+    ]
+    points.append({**growth.BASE, "batch": 64, "missing": "no memory"})
+    series = {"kind": "forward", "grows": "batch", "points": points}
+    machine = {"cpu": "C", "cores": 2, "memory_bytes": None, "system": "S", "python": "3"}
+    result = {"date": "D", "quick": False, "machine": machine, "series": [series]}
+    text = growth.table({**result, "micro_batches": [series]})
+    assert "| forward, batch 2 to 16 | 0.50 | 1.00 | 1.00 | 1.00 |" in text
+    growth.plot(result, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").exists()
+
+
+def test_results_round_trip(tmp_path, monkeypatch, capsys):
+    import harness
+
+    monkeypatch.setattr(harness, "FOLDER", tmp_path)
+    values = list(range(1_000_000, 1_000_100))
+    harness.save("steady", True, resident_bytes=values)
+    result = json.loads((tmp_path / "quick" / "steady.json").read_text())
+    assert result["resident_bytes"] == values
+    assert result["machine"]["cores"] == harness.cores()
+    assert (tmp_path / "quick" / "steady.png").stat().st_size > 0
+    assert "A quick run: no figures to go by." in capsys.readouterr().out
+
+
+def test_table_of_a_missing_contender():
+    import speed
+
+    entry = {"seconds": [0.5, 1.0], "weights": 7, "peak_bytes": 3e6, "versions": {"keras": "3"}}
+    theirs = {**entry, "seconds": [1.0, 1.5], "peak_bytes": 6e6}
+    entries = {speed.OURS: entry, "KerasHub": theirs, "timm": {"missing": "no wheel"}}
+    group = {"variant": "Ti/16", "kind": "training", "cases": [{"case": 32, "contenders": entries}]}
+    machine = {"cpu": "C", "cores": 2, "memory_bytes": 2**30, "system": "S", "python": "3"}
+    result = {"date": "D", "quick": False, "machine": machine, "groups": [group]}
+    text = speed.table(result)
+    assert "| KerasHub | 7 | 1000, 1250 | 2.00, 1.67 | 6 |" in text
+    assert "| Ti/16, training, batch 32: speed / KerasHub | >= 1.25 | 2.00, 1.67 | kept |" in text
+    assert "| Ti/16, training, batch 32: memory / KerasHub | <= 1.0 | 0.50 | kept |" in text
+    assert "timm (Ti/16, training, batch 32) is missing: no wheel" in text
+    assert "| Ti/16, training | 64.0 | 2.00 | missing |" in speed.claims(result)
+    with pytest.raises(ValueError, match="same model"):
+        speed.check_same_model({**entries, "KerasHub": {**theirs, "weights": 8}})
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "benchmarks"], ids=["project", "benchmarks"])
+def test_readmes_are_what_the_results_say(folder):
+    """No figure between the markers is typed: `python benchmarks/report.py` writes them."""
+    import report
+
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "<!-- begin " in text
+    assert report.filled(text, folder) == text
+
+
+def test_every_result_is_shown():
+    import report
+
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for path in report.RESULTS.glob("*.json"):
+        assert f"<!-- begin {path.stem} -->" in text
+        assert not json.loads(path.read_text())["quick"]
+
+
+def test_every_benchmark_says_how_to_run_it():
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        if path.stem not in ("harness", "models"):
+            doc = path.read_text(encoding="utf-8").split('"""')[1]
+            assert f"python benchmarks/{path.name}" in doc
