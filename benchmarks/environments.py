@@ -39,7 +39,7 @@ def python_of(name, make=True):
         make: Whether it may be made; if not, it has to be there.
 
     Raises:
-        Missing: It cannot be made; the message is the last line of what pip says.
+        Missing: It cannot be made; the message is what venv, or the last line of what pip says.
     """
     if name is None:
         return pathlib.Path(sys.executable)
@@ -50,7 +50,10 @@ def python_of(name, make=True):
         if not make:
             raise Missing(f"benchmarks/.environments/{name} is not there")
         print(f"Making benchmarks/.environments/{name}: {', '.join(PACKAGES[name])}", flush=True)
-        venv.create(folder, clear=True, with_pip=True)
+        try:
+            venv.create(folder, clear=True, with_pip=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise Missing(f"venv: {error}") from error
         install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *PACKAGES[name]]
         process = subprocess.run(install, capture_output=True, text=True)
         if process.returncode:

@@ -188,6 +188,14 @@ def measured_series(kind, grows, cases, quick):
     }
 
 
+def why_missing(series, fewest=2):
+    """The reason why a series has nothing to show, or None; it takes `fewest` points to show."""
+    least, *points = series["points"]
+    reasons = [point["missing"] for point in points if "missing" in point]
+    too_few = len(points) - len(reasons) < fewest
+    return least.get("missing") or (reasons[0] if too_few else None)
+
+
 def curves(series):
     """x, and of time and of memory what was measured and what theory says; of no failed point."""
     least, *points = series["points"]
@@ -208,8 +216,11 @@ def added(point, least, name):
 
 def table(result):
     """Exponents, then the micro-batches."""
-    rows = []
+    rows, missing = [], []
     for series in result["series"]:
+        if reason := why_missing(series):
+            missing.append(f"{series['kind']}, {series['grows']} is missing: {reason}\n")
+            continue
         x, *values = curves(series)
         name = f"{series['kind']}, {series['grows']} {x[0]} to {x[-1]}"
         rows.append((name, *(f"{exponent(x, y):.2f}" for y in values)))
@@ -224,10 +235,14 @@ def table(result):
         )
         for series in result["micro_batches"]
         for point in series["points"][1:]
-        if "missing" not in point
+        if why_missing(series, 1) is None and "missing" not in point
     ]
+    for series in result["micro_batches"]:
+        if reason := why_missing(series, 1):
+            batches = " to ".join(str(series["points"][i]["batch"]) for i in (1, -1))
+            missing.append(f"Micro-batches of {batches} images are missing: {reason}\n")
     parts.append(markdown(("micro-batches", "s per step: min, median", "MB more", "theory"), rows))
-    return "\n".join([*parts, described(result)])
+    return "\n".join([*parts, *missing, described(result)])
 
 
 def plot(result, path):
@@ -237,7 +252,7 @@ def plot(result, path):
     def panel(grows, measured, theory, title):
         def curve(axes):
             for series in result["series"]:
-                if series["grows"] != grows:
+                if series["grows"] != grows or why_missing(series):
                     continue
                 values = curves(series)
                 x, y, expected = values[0], values[measured], values[theory]
@@ -247,7 +262,8 @@ def plot(result, path):
                 scaled = [value * y[middle] / expected[middle] for value in expected]
                 axes.loglog(x, scaled, ":", color=line.get_color())
             axes.set_title(f"{title} against {grows}: p (theory)")
-            axes.legend(fontsize="small")
+            if axes.lines:
+                axes.legend(fontsize="small")
 
         return curve
 

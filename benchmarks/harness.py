@@ -250,16 +250,21 @@ def machine():
     }
 
 
+def result_of(name, quick, **content):
+    """A result: what was measured, and what by, when and where."""
+    date = datetime.date.today().isoformat()
+    return {"benchmark": name, "date": date, "quick": quick, "machine": machine(), **content}
+
+
 def save(name, quick, **content):
     """Writes results/NAME.json (results/quick/NAME.json) and its picture, and prints its table."""
-    import report
+    import report  # here, as it needs keras_vit, which the peers' environments lack
 
-    folder = FOLDER / QUICK if quick else FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    date = datetime.date.today().isoformat()
-    result = {"benchmark": name, "date": date, "quick": quick, "machine": machine(), **content}
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    from keras_vit.files import write_text
+
+    result = result_of(name, quick, **content)
+    path = (FOLDER / QUICK if quick else FOLDER) / f"{name}.json"
+    write_text(path, json.dumps(result, indent=1) + "\n")
     print(f"\n{report.section(result)}\n{path}", flush=True)
     report.picture(result, path.with_suffix(".png"))
 

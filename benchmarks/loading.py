@@ -13,7 +13,7 @@ import pathlib
 import statistics
 import tempfile
 
-from harness import Contender, compare, described, markdown, parser, save
+from harness import Contender, compare, described, markdown, parser, result_of, save
 
 
 def loading(path):
@@ -71,17 +71,20 @@ def main():
         paths = arguments.path or make_checkpoints(
             pathlib.Path(folder), "Ti/16" if arguments.quick else "B/16"
         )
+        paths = {str(path) if arguments.path else path.name: path for path in paths}
         contenders = {
-            path.name: Contender(loading, packages=("keras",), options={"path": str(path)})
-            for path in paths
+            name: Contender(loading, packages=("keras",), options={"path": str(path)})
+            for name, path in paths.items()
         }
         [measured] = compare(contenders, [None], rounds=2 if arguments.quick else 5, turn=0)
         files = {
-            path.name: {"bytes": path.stat().st_size, **measured["contenders"][path.name]}
-            for path in paths
+            name: {"bytes": path.stat().st_size, **measured["contenders"][name]}
+            for name, path in paths.items()
         }
-    # Checkpoints of one's own are no result to keep.
-    save("loading", arguments.quick or bool(arguments.path), files=files)
+    if arguments.path:  # checkpoints of one's own are no result to keep
+        print("\n" + table(result_of("loading", arguments.quick, files=files)))
+    else:
+        save("loading", arguments.quick, files=files)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import json
 import pathlib
 import re
 
+from keras_vit.files import replacing, write_text
+
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CLAIMS = "how fast"  # the part of the README of the project
@@ -25,7 +27,8 @@ def picture(result, path):
     """Draws a result, if its benchmark has a picture; returns whether it has."""
     module = importlib.import_module(result["benchmark"])
     if hasattr(module, "plot"):
-        module.plot(result, path)
+        with replacing(path) as temporary:
+            module.plot(result, temporary)
     return hasattr(module, "plot")
 
 
@@ -65,7 +68,7 @@ def main():
         picture(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
     for folder in (ROOT, ROOT / "benchmarks"):
         readme = folder / "README.md"
-        readme.write_text(filled(readme.read_text(encoding="utf-8"), folder), encoding="utf-8")
+        write_text(readme, filled(readme.read_text(encoding="utf-8"), folder))
         print(f"{readme} is up to date.")
 
 
