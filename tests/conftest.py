@@ -56,7 +56,9 @@ def digits_run(tmp_path_factory):
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits_run"
     with filelock.FileLock(f"{folder}.lock"):
         if not folder.exists():
-            train("digits", folder)
+            # Not straight to its place, where a failure would leave half of it for the others.
+            part = train("digits", folder.with_name("digits_run.part")).folder
+            part.rename(folder)
     return load_run(folder)
 
 
