@@ -1,8 +1,11 @@
 """What the tests of training, evaluation, export and the command share."""
 
 import contextlib
+import ctypes
+import gc
 import io
 import os
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # On JAX, compiling the hundreds of toy models takes longer than all that is computed.
@@ -42,6 +45,15 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_back():
+    """What a file of tests leaves free is given back, of which gigabytes would add up."""
+    yield
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
