@@ -54,7 +54,7 @@ def quantize(content, job, say):
     if job["calibrated"]:
         images = np.load("images.npy", mmap_mode="r")
         calibration = calibrate(content, images, _counter(say, "calibrating", len(images)))
-        if job["takes_pixels"]:
+        if job["normalizes"]:
             calibration = calibration.with_image_range(0.0, 255.0)
     source, mode, report = FloatFile(content, calibration), job["mode"], {}
     if job["max_drop"] is None:
@@ -111,6 +111,7 @@ def main():
     try:
         output.write_bytes(content)
     except OSError as error:
+        output.unlink(missing_ok=True)  # what is left of it fills the disk
         report = {"errno": error.errno}
     pathlib.Path("report.json").write_text(json.dumps(report))
 

@@ -90,7 +90,7 @@ def draw_sensitivity(axes, name, report):
     axes.set_yticks(range(len(worst)), [layer for layer, _ in worst], fontsize=7)
     axes.invert_yaxis()
     axes.set(
-        xlabel="signal-to-noise ratio of the logits with this layer alone quantized, dB",
+        xlabel="signal-to-noise ratio of the outputs with this layer alone quantized, dB",
         ylabel=f"{name}: the worst {len(worst)} of {len(report.sensitivity)} layers",
     )
     _frame(axes)

@@ -1,6 +1,9 @@
-"""The float32 form of a model of any dtype policy."""
+"""The float32 form of a model of any dtype policy, and float32 that is float32."""
+
+import contextlib
 
 import keras
+import tensorflow as tf
 
 _OTHER_FLOATS = frozenset({"mixed_bfloat16", "mixed_float16", "bfloat16", "float16", "float64"})
 _FLOAT_POLICIES = frozenset({"DTypePolicy", "FloatDTypePolicy"})
@@ -58,3 +61,15 @@ def _config_in_float32(config):
     if isinstance(config, (list, tuple)):
         return [_config_in_float32(value) for value in config]
     return config
+
+
+@contextlib.contextmanager
+def full_float32():
+    """Keeps GPUs from rounding float32 products to TensorFloat-32, which costs three digits."""
+    settings = tf.config.experimental
+    before = settings.tensor_float_32_execution_enabled()
+    settings.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        settings.enable_tensor_float_32_execution(before)

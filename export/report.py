@@ -41,7 +41,7 @@ class ExportReport:
         note: what is not as it could be, or None.
         command: the command line that exported.
         versions: package -> version.
-        sensitivity: layer name -> signal-to-noise ratio in dB of the logits with that layer alone
+        sensitivity: layer name -> signal-to-noise ratio in dB of the outputs with that layer alone
             quantized; empty if it was not measured.
         fallback: layer name -> precision that it was given instead of the mode's, such as
             "float32" or "dynamic_int8".
@@ -169,7 +169,7 @@ def terminal_tables(columns, rows, split, notes, red=()):
 
 def three_digits(value):
     """Formats a number with three digits and no exponent for large ones."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def write_new_text(path, text, overwrite=False):

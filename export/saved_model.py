@@ -45,7 +45,8 @@ def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
     images are is not known. Left out is `features` where there is no such layer.
 
     Args:
-        model: functional `keras.Model`, images (B, H, W, C) -> logits (B, classes).
+        model: functional `keras.Model`, images (B, H, W, C) -> logits (B, classes), without a
+            softmax of its own.
         path: folder to write.
         labels: optional sequence of class names; without them `classes` are the indices.
         top: how many classes `serve_bytes` names, at least 1; all of them if there are fewer.
@@ -160,7 +161,12 @@ def _images_spec(model):
 
 def takes_pixels(model):
     """Whether a model takes RGB images in [0, 255], which it normalises itself."""
-    return model.inputs[0].shape[-1] == 3 and any(map(_is_normalization, model.layers))
+    return model.inputs[0].shape[-1] == 3 and normalizes(model)
+
+
+def normalizes(model):
+    """Whether a model takes images in [0, 255], of any number of channels."""
+    return any(map(_is_normalization, model.layers))
 
 
 def _is_normalization(layer):

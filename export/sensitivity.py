@@ -24,32 +24,32 @@ def sensitivity(source, mode, images, advance=lambda: None):
         advance: called after every layer.
 
     Returns:
-        Dictionary, layer name -> signal-to-noise ratio in dB of the logits with that layer alone
+        Dictionary, layer name -> signal-to-noise ratio in dB of the outputs with that layer alone
         quantized; see `signal_to_noise`.
     """
     images = images[:_IMAGES]
     expected = run(source.content, images)
     ratios = {}
     for layer in source.layers(mode):
-        logits = run(source.quantize(layer.only(RULES[mode])), images)
-        ratios[layer.name] = signal_to_noise(expected, logits)
+        outputs = run(source.quantize(layer.only(RULES[mode])), images)
+        ratios[layer.name] = signal_to_noise(expected, outputs)
         advance()
     return ratios
 
 
-def signal_to_noise(expected, logits):
-    """10 log10(sum s^2 / sum (logits - expected)^2), s: what `expected` is above its mean image.
+def signal_to_noise(expected, outputs):
+    """10 log10(sum s^2 / sum (outputs - expected)^2), s: what `expected` is above its mean image.
 
     What all images have in common is no signal, as it tells no class from another.
 
     Args:
-        expected, logits: arrays (N, classes), N >= 2.
+        expected, outputs: arrays (N, classes), N >= 2; logits, or probabilities behind a softmax.
 
     Returns:
         dB, a float; infinite if both are equal.
     """
     signal = np.square(expected - expected.mean(axis=0)).sum(dtype="float64")
-    noise = np.square(logits - expected).sum(dtype="float64")
+    noise = np.square(outputs - expected).sum(dtype="float64")
     return float("inf") if noise == 0 else float(10 * np.log10(signal / noise))
 
 

@@ -17,12 +17,13 @@ from .benchmark import progress_bar
 from .deployment import deploy
 from .equalization import equalize, fit_float16
 from .metadata import add_metadata
-from .precision import as_float32
+from .precision import as_float32, full_float32
 from .report import ExportReport, describe_tflite
 from .saved_model import (
     check_labels,
     check_model,
     check_target,
+    normalizes,
     takes_pixels,
     write_endpoints,
 )
@@ -74,7 +75,8 @@ def export_tflite(
     ImageClassifier reads; it reports the outputs as scores, so give it `activation="softmax"`.
 
     Args:
-        model: functional `keras.Model`, images (B, H, W, C) -> (B, classes).
+        model: functional `keras.Model`, images (B, H, W, C) -> logits (B, classes), without a
+            softmax of its own if `activation` adds one.
         path: file to write; ends in `.tflite`.
         mode: one of `MODES`.
         calibration: images as the model takes them, an array (N, H, W, C) or a `tf.data.Dataset`
@@ -84,7 +86,7 @@ def export_tflite(
         activation: "softmax" puts one behind the model's logits; None leaves them as they are.
         io_dtype: "float32", or "uint8" or "int8", with the modes for NPUs: type of the images and
             of the output. The file says what an integer stands for (scale and zero point); pixels
-            are fed to uint8 as they are.
+            are fed to uint8 as they are, if the model normalises them itself.
         held_out: images as the model takes them (N, H, W, C) and their labels `(N,)`, integers,
             that neither trained nor calibrated it; with `max_drop`.
         max_drop: how many percent of the held-out images a quantized file may get wrong more than
@@ -96,7 +98,8 @@ def export_tflite(
         An `ExportReport`.
 
     Raises:
-        TypeError: if `model` is not a `keras.Model`, or `labels` are not strings.
+        TypeError: if `model` is not a `keras.Model`, `labels` are not strings, or the labels of
+            `held_out` are not integers.
         ValueError: if `mode` or `activation` is unknown, `path` has another suffix or exists, the
             model has several inputs or outputs or sizes that are not static, the number of
             `labels` is not the number of classes, the calibration images are missing, of another
@@ -121,9 +124,10 @@ def export_tflite(
     _check_io_dtype(io_dtype, mode)
     arrays = {"images": _calibration_images(calibration, mode, model.inputs[0].shape[1:])}
     arrays |= _held_out(held_out, max_drop, mode, model)
-    deployment = _for_mode(deploy(as_float32(model)), mode, arrays["images"])
+    with full_float32():
+        deployment = _for_mode(deploy(as_float32(model)), mode, arrays["images"])
     with replacing(path) as output:
-        job["takes_pixels"] = takes_pixels(model)
+        job["normalizes"] = normalizes(model)
         measured = _write(deployment, output, job, arrays)
         if takes_pixels(model):
             described = add_metadata(
@@ -154,7 +158,7 @@ def _held_out(held_out, max_drop, mode, model):
     if (held_out is None) != (max_drop is None):
         raise ValueError(
             "`held_out` and `max_drop` go together. Received: "
-            f"held_out={'images' if held_out else None}, max_drop={max_drop}."
+            f"held_out={'images' if held_out is not None else None}, max_drop={max_drop}."
         )
     if max_drop is None or mode not in _QUANTIZED_MODES:
         return {}

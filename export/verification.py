@@ -1,6 +1,5 @@
 """Verification: exported files compared with the model that they came from."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -17,7 +16,7 @@ from ai_edge_litert.interpreter import Interpreter
 from keras_vit.versions import versions
 
 from .benchmark import available_cores, describe_graph, interleaved, progress_bar
-from .precision import as_float32
+from .precision import as_float32, full_float32
 from .report import (
     markdown_table,
     plain,
@@ -267,7 +266,7 @@ def _notes(name, report):
         layers = (f"{layer} {ratio:.1f} dB" for layer, ratio in worst)
         yield (
             f"{name}: the layers that quantization costs most, by the signal-to-noise ratio of the "
-            f"logits with that layer alone quantized: {', '.join(layers)}."
+            f"outputs with that layer alone quantized: {', '.join(layers)}."
         )
 
 
@@ -322,7 +321,7 @@ def verify(
     exports = dict(exports or {})
     if unknown := sorted(exports.keys() - paths.keys()):
         raise ValueError(f"`exports` must be of names of {sorted(paths)}. Received: {unknown}.")
-    with progress_bar() as progress, _full_float32():
+    with progress_bar() as progress, full_float32():
         task = progress.add_task("Verifying", total=len(images) * (len(paths) + 1) + 2 * rounds)
 
         def outputs(source):
@@ -349,20 +348,6 @@ def verify(
         versions=versions(),
         exports=exports,
     )
-
-
-@contextlib.contextmanager
-def _full_float32():
-    """Keeps GPUs from rounding float32 products to TensorFloat-32, which costs three digits."""
-    import tensorflow as tf
-
-    settings = tf.config.experimental
-    before = settings.tensor_float_32_execution_enabled()
-    settings.enable_tensor_float_32_execution(False)
-    try:
-        yield
-    finally:
-        settings.enable_tensor_float_32_execution(before)
 
 
 def _check_images(images):

@@ -1,8 +1,11 @@
 """What the tests of training, evaluation, export and the command share."""
 
 import contextlib
+import ctypes
+import gc
 import io
 import os
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # On JAX, compiling the hundreds of toy models takes longer than all that is computed.
@@ -44,6 +47,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory_back():
+    """What a file of tests leaves free is given back, of which gigabytes would add up."""
+    yield
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """What `keras-vit train` makes of digits by default. Tests must not change the folder.
@@ -56,7 +68,9 @@ def digits_run(tmp_path_factory):
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits_run"
     with filelock.FileLock(f"{folder}.lock"):
         if not folder.exists():
-            train("digits", folder)
+            # Not straight to its place, where a failure would leave half of it for the others.
+            part = train("digits", folder.with_name("digits_run.part")).folder
+            part.rename(folder)
     return load_run(folder)
 
 

@@ -45,7 +45,7 @@ def test_disk_is_full_before_the_conversion(model, tmp_path):
     path = tmp_path / "model.tflite"
     path.write_bytes(b"old")
     with (
-        files_of_at_most(1000),
+        files_of_at_most(20_000),
         pytest.raises(OSError, match=r"SavedModel cannot be written.*File too large"),
     ):
         export_tflite(model, path, mode="fp32", overwrite=True)
@@ -73,7 +73,7 @@ def test_disk_is_full_under_a_saved_model(model, tmp_path):
     export_saved_model(model, path)
     before = contents(tmp_path)
     with (
-        files_of_at_most(1000),
+        files_of_at_most(20_000),
         pytest.raises(OSError, match=r"SavedModel cannot be written.*File too large"),
     ):
         export_saved_model(model, path, overwrite=True)

@@ -72,6 +72,16 @@ def test_export_writes_integer_ends(files, model, tmp_path):
     assert (metadata["mean"], metadata["std"]) == (0, 1)
 
 
+def test_gray_pixels_go_in_as_they_are(tmp_path):
+    """Calibrated with dark images, of a model that normalises [0, 255] itself."""
+    path = tmp_path / "model.tflite"
+    images = random_images(8)[..., :1] * (99 / 255)
+    model = build(channels=1, normalization="minus_one_one")
+    export.export_tflite(model, path, calibration=images, mode="int8_full", io_dtype="uint8")
+    [details] = Interpreter(str(path)).get_input_details()
+    assert details["quantization"] == (1.0, 0)
+
+
 def activations(path):
     """Operation -> types of the tensors that it puts out, of all but the ends of a file."""
     model = schema.ModelT.InitFromPackedBuf(path.read_bytes())

@@ -29,9 +29,13 @@ def stored(path):
 
 
 def shown(cell):
-    """What a cell shows, its numbers aside: they differ from one processor to the next."""
-    kinds = [sorted(output.get("data", {})) for output in cell.outputs]
-    text = "".join(o.text for o in cell.outputs if o.output_type == "stream")
+    """What a cell shows, its numbers aside: they differ from one processor to the next.
+
+    So do the warnings of libraries, which the stored notebooks are without.
+    """
+    outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    kinds = [sorted(output.get("data", {})) for output in outputs]
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
     return kinds, " ".join(re.sub(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", "#", text).split())
 
 

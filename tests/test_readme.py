@@ -51,6 +51,7 @@ def run(mark, names=None, changes=()):
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    keras.utils.set_random_seed(17)
 
 
 def test_every_block_is_run_here():
