@@ -230,7 +230,7 @@ def test_table_of_a_missing_contender():
     assert "| Ti/16, training, batch 32: memory / KerasHub | <= 1.0 | 0.50 | kept |" in text
     assert "timm (Ti/16, training, batch 32) is missing: no wheel" in text
     assert "timm, compiled (Ti/16, training, batch 32) is missing: no wheel" in text
-    assert "| Ti/16, training | 64.0 | 2.00 | missing |" in speed.claims(result)
+    assert "| Ti/16, training, batch 32 | 64.0 | 2.00 |  |  | missing |  |" in speed.claims(result)
     assert speed.same_model(entries) == entries
     other = speed.same_model({**entries, "KerasHub": {**theirs, "weights": 8}})
     assert other == {**entries, "KerasHub": {"missing": "another model: 8 weights"}}
