@@ -1,90 +1,84 @@
 """Time and memory of loading a checkpoint, in a process of its own for each.
 
     python benchmarks/loading.py                       # a B/16 of random weights in each format
-    python benchmarks/loading.py PATH [PATH ...]       # printed alone: checkpoints of your own
+    python benchmarks/loading.py PATH [PATH ...]       # checkpoints of your own
 
 Memory is the peak of the resident set (Linux), less what it was when the imports and a first small
 model were done: the weights of the new model, which are float32, what is read at the time, and some
-20 MB that any Keras model of this depth costs. A file of half precision doubles when it becomes a
-model of float32.
+20 MB that any Keras model of this depth costs.
 """
 
+import argparse
+import json
 import pathlib
-import statistics
+import subprocess
+import sys
 import tempfile
 
-from harness import Contender, compare, described, markdown, parser, result_of, save
+MEASURE = """
+import json, pathlib, sys, time, warnings
+import keras_vit
+
+warnings.simplefilter("ignore")
+
+def status(name):
+    line = next(x for x in open("/proc/self/status") if x.startswith(name))
+    return int(line.split()[1]) * 1024
+
+keras_vit.build_vit(keras_vit.ViTConfig(32, 1, 2, 32, 4), image_size=8)  # starts the backend
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+before = status("VmRSS")
+start = time.perf_counter()
+model = keras_vit.from_checkpoint(sys.argv[1])
+seconds = time.perf_counter() - start
+peak = status("VmHWM") - before
+print(json.dumps({"seconds": seconds, "bytes": peak, "weights": 4 * model.count_params()}))
+"""
 
 
-def loading(path):
+def measure(path):
+    output = subprocess.run(
+        [sys.executable, "-c", MEASURE, path], check=True, capture_output=True, text=True
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def make_checkpoints(folder):
+    """A B/16 in the formats of Google and timm."""
     import keras_vit
 
-    def make(case):
-        keras_vit.build_vit(keras_vit.ViTConfig(32, 1, 2, 32, 4), image_size=8)  # starts Keras
-
-        def run(calls):
-            for _ in range(calls):
-                keras_vit.from_checkpoint(path)
-
-        return run
-
-    return make, None
-
-
-def make_checkpoints(folder, variant):
-    """A model of random weights in the formats of Google and timm."""
-    import keras_vit
-
-    model = keras_vit.build_vit(variant, gelu="tanh")
-    name = variant.replace("/", "_")
-    paths = [folder / f"{name}.npz", folder / f"{name}.safetensors"]
+    model = keras_vit.build_vit("B/16", gelu="tanh")
+    paths = [folder / "B_16.npz", folder / "B_16.safetensors"]
     for path, family in zip(paths, ("google", "timm"), strict=True):
         keras_vit.save_checkpoint(model, path, family)
     return paths
 
 
-def table(result):
-    rows = []
-    for name, file in result["files"].items():
-        if "missing" in file:
-            rows.append((name, f"missing: {file['missing']}"))
-            continue
-        per_100_mb = [1e8 * seconds / file["bytes"] for seconds in file["seconds"]]
-        memory = file["peak_bytes"] - file["resident_bytes"]
-        rows.append(
-            (
-                name,
-                f"{file['bytes'] / 1e6:.1f}",
-                f"{min(per_100_mb):.2f}, {statistics.median(per_100_mb):.2f}",
-                f"{memory / file['bytes']:.2f}",
-            )
-        )
-    columns = ("file", "MB", "s per 100 MB: min, median", "memory / file")
-    return markdown(columns, rows) + "\n" + described(result)
-
-
 def main():
-    arguments = parser(__doc__)
-    arguments.add_argument("path", nargs="*", type=pathlib.Path)
-    arguments = arguments.parse_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", nargs="*", type=pathlib.Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        paths = arguments.path or make_checkpoints(
-            pathlib.Path(folder), "Ti/16" if arguments.quick else "B/16"
-        )
-        paths = {str(path) if arguments.path else path.name: path for path in paths}
-        contenders = {
-            name: Contender(loading, packages=("keras",), options={"path": str(path)})
-            for name, path in paths.items()
-        }
-        [measured] = compare(contenders, [None], rounds=2 if arguments.quick else 5, turn=0)
-        files = {
-            name: {"bytes": path.stat().st_size, **measured["contenders"][name]}
-            for name, path in paths.items()
-        }
-    if arguments.path:  # checkpoints of one's own are no result to keep
-        print("\n" + table(result_of("loading", arguments.quick, files=files)))
-    else:
-        save("loading", arguments.quick, files=files)
+        paths = arguments.path or make_checkpoints(pathlib.Path(folder))
+        runs = {path: [] for path in paths}
+        for _ in range(arguments.repeats):  # in turn
+            for path in paths:
+                runs[path].append(measure(path))
+        print("| file | MB | in float32 | s per 100 MB, min | median | memory / file | / float32 |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        for path, results in runs.items():
+            size = path.stat().st_size
+            seconds = sorted(result["seconds"] * 1e8 / size for result in results)
+            memory = max(result["bytes"] for result in results)
+            weights = results[0]["weights"]
+            print(
+                f"| {path.name} | {size / 1e6:.1f} | {weights / 1e6:.1f} | {seconds[0]:.2f} | "
+                f"{seconds[len(seconds) // 2]:.2f} | {memory / size:.2f} | "
+                f"{memory / weights:.2f} |"
+            )
 
 
 if __name__ == "__main__":
