@@ -49,7 +49,7 @@ $(READY): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $(READY)
 
-# In turns with the peers, whose environments it makes first: half an hour on 2 cores after that.
+# In turns with the peers, whose environments it makes first.
 BENCHMARKS := speed tflite growth steady startup pipeline
 .PHONY: bench bench-quick
 bench bench-quick: $(READY)

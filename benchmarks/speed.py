@@ -36,7 +36,7 @@ from harness import (
 )
 
 OURS, PRODUCTS = "keras-vit", "its products alone"
-# The faster mode of each main peer: as many processes as 24 GB hold when they are large.
+# As many as 24 GB hold together when they are large; of timm the compiled mode alone.
 FEW = (OURS, PRODUCTS, "KerasHub", "KerasHub, XLA", "timm, compiled")
 GROUPS = (  # variant, kind, batches, rounds, contenders or None for all
     ("Ti/16", "forward", (1, 8, 32), 5, None),
