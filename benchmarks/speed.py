@@ -112,7 +112,7 @@ def same_model(entries):
 
 def table(result):
     """Goals, then a table for each size and kind."""
-    parts = [goals_table(result)]
+    parts = [goals_table(result), memory_table(result)]
     for group in result["groups"]:
         cases = group["cases"]
         columns = ["contender", "weights"]
@@ -194,6 +194,29 @@ def goals_table(result):
             )
         )
     return markdown(("ours over the better mode of the peer", "goal", "is", ""), rows)
+
+
+def memory_table(result):
+    """What a training step takes at any batch, and for each image: the line through two batches."""
+    peaks = {}  # variant -> contender -> batch -> bytes
+    for group in result["groups"]:
+        for case in group["cases"] if group["kind"] == "training" else ():
+            for name, entry in case["contenders"].items():
+                if entry.get("peak_bytes"):
+                    of_variant = peaks.setdefault(group["variant"], {})
+                    of_variant.setdefault(name, {})[case["case"]] = entry["peak_bytes"]
+    rows = []
+    for variant, contenders in peaks.items():
+        for name, measured in contenders.items():
+            if len(measured) == 2:
+                (few, less), (many, more) = sorted(measured.items())
+                each = (more - less) / (many - few)
+                rows.append(
+                    (f"{variant}: {name}", f"{(less - few * each) / 1e6:,.0f}", f"{each / 1e6:.0f}")
+                )
+    if not rows:
+        return ""
+    return markdown(("memory of a training step", "MB at any batch", "MB for each image"), rows)
 
 
 def plot(result, path):
