@@ -125,7 +125,7 @@ def compare(contenders, cases, *, rounds=5, turn=1.0, least_calls=1):
         For each case {"case": ..., "contenders": {name: measured}}. `measured` is
         {"missing": why}, or "weights", "versions", "seconds" (of a call, the mean of each turn),
         "resident_bytes" and "peak_bytes" (of the process before the first call and within a later
-        one; Linux).
+        one; Linux) and "call_bytes" (what that later one took).
     """
     processes = {name: Process(contender) for name, contender in contenders.items()}
     with contextlib.ExitStack() as stack:
@@ -201,19 +201,22 @@ def compute(run, message, before):
 
 
 def memory(run, message, before):
-    """What the process held before the first call, and the peak within another one.
+    """What the process held before the first call, the peak within another one, and what that took.
 
-    TensorFlow keeps what it has once taken for its tensors, so that the memory right before a call
-    is that of the call before. What compiling took and gave back does not count.
-    A run on a device says by `run.device_bytes()` what was the most that it took there.
+    With oneDNN, TensorFlow keeps what it has once taken for its tensors, so that another call takes
+    nothing; with TF_ENABLE_ONEDNN_OPTS=0 it gives back. What compiling took and gave back does not
+    count. A run on a device says by `run.device_bytes()` what was the most that it took there.
     """
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    trimmed = status_bytes("VmRSS")
     run(1)
+    peak = status_bytes("VmHWM")
     on_device = {"device_bytes": run.device_bytes()} if hasattr(run, "device_bytes") else {}
-    return {"resident_bytes": before, "peak_bytes": status_bytes("VmHWM"), **on_device}
+    taken = None if peak is None else peak - trimmed
+    return {"resident_bytes": before, "peak_bytes": peak, "call_bytes": taken, **on_device}
 
 
 ACTIONS = {"warm up": warm_up, "compute": compute, "memory": memory}

@@ -39,9 +39,9 @@ OURS, PRODUCTS = "keras-vit", "its products alone"
 # As many as 24 GB hold together when they are large; of timm the compiled mode alone.
 FEW = (OURS, PRODUCTS, "KerasHub", "KerasHub, XLA", "timm, compiled")
 GROUPS = (  # variant, kind, batches, rounds, contenders or None for all
-    ("Ti/16", "forward", (1, 8, 32), 5, None),
-    ("Ti/16", "training", (8,), 5, None),
-    ("Ti/16", "training", (32,), 5, FEW),
+    ("Ti/16", "forward", (1, 8, 32), 4, None),
+    ("Ti/16", "training", (8,), 4, None),
+    ("Ti/16", "training", (32,), 4, FEW),
     ("S/16", "forward", (1, 32), 3, FEW),
     ("S/16", "training", (8,), 3, FEW),
 )
