@@ -50,7 +50,7 @@ $(READY): setup.cfg pyproject.toml
 	touch $(READY)
 
 # In turns with the peers, whose environments it makes first.
-BENCHMARKS := speed tflite growth steady startup pipeline
+BENCHMARKS := speed tflite growth loading steady startup pipeline
 .PHONY: bench bench-quick
 bench bench-quick: $(READY)
 	$(BIN)/python benchmarks/environments.py

@@ -18,7 +18,17 @@ import tempfile
 import time
 
 import numpy as np
-from harness import Contender, compare, described, draw, exponent, markdown, parser, save
+from harness import (
+    GIVING_BACK,
+    Contender,
+    compare,
+    described,
+    draw,
+    exponent,
+    markdown,
+    parser,
+    save,
+)
 
 PACKAGES = ("keras", "tensorflow", "ai-edge-litert")
 CLASSES, WIDTH, HEADS, MLP = 1000, 192, 3, 768
@@ -34,8 +44,6 @@ PARTS = (1, 2, 4, 8)
 BATCHES_OF_PARTS = (lambda k: 64, lambda k: 8 * k)
 KINDS = ("forward", "training", "fp32", "dynamic_int8")
 IN_TENSORFLOW = KINDS[:2]
-# See harness.memory; and so that malloc gives back what is freed.
-GIVING_BACK = {"TF_ENABLE_ONEDNN_OPTS": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def tokens(case):

@@ -30,6 +30,8 @@ from environments import Missing, last_line, python_of
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 QUICK = "quick"  # the folder in it for what --quick gives
+# Variables of a process that is to give back what it frees; see `memory`.
+GIVING_BACK = {"TF_ENABLE_ONEDNN_OPTS": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +206,9 @@ def memory(run, message, before):
     """What the process held before the first call, the peak within another one, and what that took.
 
     With oneDNN, TensorFlow keeps what it has once taken for its tensors, so that another call takes
-    nothing; with TF_ENABLE_ONEDNN_OPTS=0 it gives back. What compiling took and gave back does not
-    count. A run on a device says by `run.device_bytes()` what was the most that it took there.
+    nothing; without it, it frees, and malloc returns at once what is larger than a threshold, which
+    grows unless it is set: `GIVING_BACK`. What compiling took and gave back does not count. A run
+    on a device says by `run.device_bytes()` what was the most that it took there.
     """
     gc.collect()
     if sys.platform == "linux":

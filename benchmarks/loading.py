@@ -1,84 +1,129 @@
-"""Time and memory of loading a checkpoint, in a process of its own for each.
+"""How long the loading of a checkpoint takes, and how much memory: keras-vit and timm in turns.
 
-    python benchmarks/loading.py                       # a B/16 of random weights in each format
-    python benchmarks/loading.py PATH [PATH ...]       # checkpoints of your own
+    python benchmarks/loading.py
 
-Memory is the peak of the resident set (Linux), less what it was when the imports and a first small
-model were done: the weights of the new model, which are float32, what is read at the time, and some
-20 MB that any Keras model of this depth costs.
+A ViT-B/16 of random weights, written by keras-vit in the formats of Google and timm. A call builds
+the model and gives it the weights of the file. Memory is what a call takes beyond what the process
+held before it: the model, and what is read at the time.
 """
 
-import argparse
-import json
 import pathlib
-import subprocess
-import sys
+import statistics
 import tempfile
 
-MEASURE = """
-import json, pathlib, sys, time, warnings
-import keras_vit
+from harness import (
+    GIVING_BACK,
+    Contender,
+    compare,
+    described,
+    draw,
+    markdown,
+    parser,
+    save,
+    versions_line,
+)
 
-warnings.simplefilter("ignore")
-
-def status(name):
-    line = next(x for x in open("/proc/self/status") if x.startswith(name))
-    return int(line.split()[1]) * 1024
-
-keras_vit.build_vit(keras_vit.ViTConfig(32, 1, 2, 32, 4), image_size=8)  # starts the backend
-pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-before = status("VmRSS")
-start = time.perf_counter()
-model = keras_vit.from_checkpoint(sys.argv[1])
-seconds = time.perf_counter() - start
-peak = status("VmHWM") - before
-print(json.dumps({"seconds": seconds, "bytes": peak, "weights": 4 * model.count_params()}))
-"""
+VARIANT, QUICK_VARIANT = "B/16", "Ti/16"
+TIMM = {VARIANT: "vit_base_patch16_224", QUICK_VARIANT: "vit_tiny_patch16_224"}
+FILES = {"google": "google.npz", "timm": "timm.safetensors"}
 
 
-def measure(path):
-    output = subprocess.run(
-        [sys.executable, "-c", MEASURE, path], check=True, capture_output=True, text=True
-    ).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def make_checkpoints(folder):
-    """A B/16 in the formats of Google and timm."""
+def ours(path):
     import keras_vit
 
-    model = keras_vit.build_vit("B/16", gelu="tanh")
-    paths = [folder / "B_16.npz", folder / "B_16.safetensors"]
-    for path, family in zip(paths, ("google", "timm"), strict=True):
-        keras_vit.save_checkpoint(model, path, family)
-    return paths
+    def make(_):
+        def run(calls):
+            for _ in range(calls):
+                keras_vit.from_checkpoint(path)
+
+        return run
+
+    return make, None
+
+
+def timm(path, name):
+    import timm
+
+    def make(_):
+        def run(calls):
+            for _ in range(calls):
+                timm.create_model(name, checkpoint_path=path)
+
+        return run
+
+    return make, None
+
+
+def contenders(variant, paths):
+    """Name -> (contender, the file that it loads)."""
+    keras, torch = ("keras", "tensorflow"), ("torch", "timm")
+    timms = {"path": str(paths["timm"]), "name": TIMM[variant]}
+    return {
+        f"keras-vit, {path.name}": (
+            Contender(ours, None, keras, {"path": str(path)}, GIVING_BACK),
+            path,
+        )
+        for path in paths.values()
+    } | {
+        f"timm, {paths['timm'].name}": (
+            Contender(timm, "timm", torch, timms, GIVING_BACK),
+            paths["timm"],
+        )
+    }
+
+
+def table(result):
+    rows, versions = [], {}
+    for name, entry in result["contenders"].items():
+        size = entry["file_bytes"]
+        row = [name, f"{size / 1e6:.1f}"]
+        if "missing" in entry:
+            rows.append([*row, f"missing: {entry['missing']}", "", ""])
+            continue
+        versions |= entry["versions"]
+        times = [f(entry["seconds"]) for f in (min, statistics.median)]
+        row.append(", ".join(f"{time:.2f}" for time in times))
+        row.append(f"{times[0] * 1e8 / size:.2f}")
+        row.append(f"{entry['call_bytes'] / size:.2f}" if entry["call_bytes"] else "")
+        rows.append(row)
+    columns = ("", "MB", "s: min, median", "s per 100 MB", "memory / file")
+    return f"{markdown(columns, rows)}\n{versions_line(versions)}\n{described(result)}"
+
+
+def plot(result, path):
+    entries = {k: v for k, v in result["contenders"].items() if "missing" not in v}
+
+    def panel(axes):
+        colors = ["C1" if name.startswith("keras-vit") else "C0" for name in entries]
+        axes.barh(list(entries), [min(v["seconds"]) for v in entries.values()], color=colors)
+        axes.invert_yaxis()
+        axes.set_title(f"{result['variant']}: seconds to load")
+
+    draw(path, [panel])
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", nargs="*", type=pathlib.Path)
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    import keras_vit
+
+    quick = parser(__doc__).parse_args().quick
+    variant = QUICK_VARIANT if quick else VARIANT
+    model = keras_vit.build_vit(variant, gelu="tanh")
     with tempfile.TemporaryDirectory() as folder:
-        paths = arguments.path or make_checkpoints(pathlib.Path(folder))
-        runs = {path: [] for path in paths}
-        for _ in range(arguments.repeats):  # in turn
-            for path in paths:
-                runs[path].append(measure(path))
-        print("| file | MB | in float32 | s per 100 MB, min | median | memory / file | / float32 |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for path, results in runs.items():
-            size = path.stat().st_size
-            seconds = sorted(result["seconds"] * 1e8 / size for result in results)
-            memory = max(result["bytes"] for result in results)
-            weights = results[0]["weights"]
-            print(
-                f"| {path.name} | {size / 1e6:.1f} | {weights / 1e6:.1f} | {seconds[0]:.2f} | "
-                f"{seconds[len(seconds) // 2]:.2f} | {memory / size:.2f} | "
-                f"{memory / weights:.2f} |"
-            )
+        paths = {family: pathlib.Path(folder) / name for family, name in FILES.items()}
+        for family, path in paths.items():
+            keras_vit.save_checkpoint(model, path, family)
+        chosen = contenders(variant, paths)
+        files = {name: path.stat().st_size for name, (_, path) in chosen.items()}
+        [measured] = compare(
+            {name: contender for name, (contender, _) in chosen.items()},
+            [None],
+            rounds=2 if quick else 5,
+            turn=0,
+        )
+    entries = {
+        name: {"file_bytes": files[name], **entry} for name, entry in measured["contenders"].items()
+    }
+    save("loading", quick, variant=variant, contenders=entries)
 
 
 if __name__ == "__main__":

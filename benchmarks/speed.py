@@ -135,7 +135,8 @@ def group_row(name, cases):
         row[1] = f"{entry['weights']:,}" if entry["weights"] else ""
         times = [1e3 * f(entry["seconds"]) for f in (min, statistics.median)]
         row.append(", ".join(f"{time:.{0 if time >= 100 else 1}f}" for time in times))
-        ratios = [ratio(best, entry, f) for f in (min, statistics.median)]
+        both = () if "missing" in best else (min, statistics.median)
+        ratios = [ratio(best, entry, f) for f in both]
         row.append(", ".join(f"{value:.2f}" for value in ratios))
     peak = cases[-1]["contenders"][name].get("peak_bytes")
     return [*row, f"{peak / 1e6:,.0f}" if peak else ""]
@@ -197,26 +198,28 @@ def goals_table(result):
 
 
 def memory_table(result):
-    """What a training step takes at any batch, and for each image: the line through two batches."""
-    peaks = {}  # variant -> contender -> batch -> bytes
+    """What a training step takes at any batch, and for each image: the line through two batches.
+
+    And what the process held before its first call, which is part of the former.
+    """
+    entries = {}  # (variant, contender) -> batch -> what was measured
     for group in result["groups"]:
         for case in group["cases"] if group["kind"] == "training" else ():
             for name, entry in case["contenders"].items():
                 if entry.get("peak_bytes"):
-                    of_variant = peaks.setdefault(group["variant"], {})
-                    of_variant.setdefault(name, {})[case["case"]] = entry["peak_bytes"]
+                    entries.setdefault((group["variant"], name), {})[case["case"]] = entry
     rows = []
-    for variant, contenders in peaks.items():
-        for name, measured in contenders.items():
-            if len(measured) == 2:
-                (few, less), (many, more) = sorted(measured.items())
-                each = (more - less) / (many - few)
-                rows.append(
-                    (f"{variant}: {name}", f"{(less - few * each) / 1e6:,.0f}", f"{each / 1e6:.0f}")
-                )
-    if not rows:
-        return ""
-    return markdown(("memory of a training step", "MB at any batch", "MB for each image"), rows)
+    for (variant, name), measured in entries.items():
+        if len(measured) == 2:
+            (few, less), (many, more) = sorted(measured.items())
+            each = (more["peak_bytes"] - less["peak_bytes"]) / (many - few)
+            at_any_batch = less["peak_bytes"] - few * each
+            values = [
+                f"{value / 1e6:,.0f}" for value in (less["resident_bytes"], at_any_batch, each)
+            ]
+            rows.append((f"{variant}: {name}", *values))
+    columns = ("memory of a training step", "MB before it", "MB at any batch", "MB for each image")
+    return markdown(columns, rows) if rows else ""
 
 
 def plot(result, path):
@@ -246,6 +249,9 @@ def claims(result):
         case = group["cases"][-1]
         entries = case["contenders"]
         row = [f"{group['variant']}, {group['kind']}, batch {case['case']}"]
+        if "missing" in entries[OURS]:
+            rows.append([*row, "missing", *("" for _ in CLAIMED)])
+            continue
         row.append(f"{case['case'] / min(entries[OURS]['seconds']):.1f}")
         for peer in CLAIMED:
             of_peer = [entry for name, entry in entries.items() if name.split(",")[0] == peer]

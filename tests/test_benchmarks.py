@@ -237,6 +237,51 @@ def test_table_of_a_missing_contender():
     assert other == {**entries, "KerasHub": {"missing": "another model: 8 weights"}}
 
 
+def test_tables_without_us():
+    import speed
+
+    theirs = {"seconds": [1.0], "weights": 7, "peak_bytes": 6e6, "versions": {"keras": "3"}}
+    entries = {speed.OURS: {"missing": "no memory"}, "KerasHub": theirs}
+    group = {"variant": "Ti/16", "kind": "training", "cases": [{"case": 32, "contenders": entries}]}
+    machine = {"cpu": "C", "cores": 2, "memory_bytes": 2**30, "system": "S", "python": "3"}
+    result = {"date": "D", "quick": False, "machine": machine, "groups": [group]}
+    text = speed.table(result)
+    assert "| KerasHub | 7 | 1000, 1000 |  | 6 |" in text
+    assert "keras-vit (Ti/16, training, batch 32) is missing: no memory" in text
+    assert "| Ti/16, training, batch 32 | missing |  |  |  |  |  |" in speed.claims(result)
+
+
+def test_memory_of_a_step_is_a_line_through_two_batches():
+    import speed
+
+    def group(batch, peak):
+        entries = {
+            "KerasHub": {"peak_bytes": peak, "resident_bytes": 3e8},
+            "timm": {"missing": "no wheel"},
+        }
+        cases = [{"case": batch, "contenders": entries}]
+        return {"variant": "Ti/16", "kind": "training", "cases": cases}
+
+    groups = [group(8, 900e6), group(32, 2100e6)]
+    text = speed.memory_table({"groups": groups})
+    assert "| Ti/16: KerasHub | 300 | 500 | 50 |" in text
+    assert "timm" not in text
+    assert speed.memory_table({"groups": groups[:1]}) == ""
+
+
+def test_loading_table():
+    import loading
+
+    entry = {"file_bytes": 200_000_000, "seconds": [3.0, 2.0, 4.0], "versions": {"keras": "3"}}
+    entries = {"ours": {**entry, "call_bytes": 300_000_000}}
+    entries["theirs"] = {"file_bytes": 5_000_000, "missing": "no wheel"}
+    machine = {"cpu": "C", "cores": 2, "memory_bytes": None, "system": "S", "python": "3"}
+    result = {"date": "D", "quick": False, "machine": machine, "contenders": entries}
+    text = loading.table(result)
+    assert "| ours | 200.0 | 2.00, 3.00 | 1.00 | 1.50 |" in text
+    assert "| theirs | 5.0 | missing: no wheel |  |  |" in text
+
+
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "benchmarks"], ids=["project", "benchmarks"])
 def test_readmes_are_what_the_results_say(folder):
     """No figure between the markers is typed: `python benchmarks/report.py` writes them."""
