@@ -21,11 +21,10 @@ import os
 import statistics
 import subprocess
 
-import numpy as np
+import models
 from harness import Contender, compare, described, draw, markdown, parser, save, versions_line
 
 OURS = "keras-vit"
-CLASSES, PATCH = 1000, 16
 SIZES = {  # hidden_dim, depth, num_heads, mlp_dim
     "S/16": (384, 12, 6, 1536),
     "B/16": (768, 12, 12, 3072),
@@ -42,62 +41,11 @@ PEAK_TFLOPS = {  # dense bfloat16, of NVIDIA's data sheets; part of the name -> 
 }
 
 
-def data(batch, side):
-    random = np.random.default_rng(0)
-    images = random.normal(size=(batch, side, side, 3)).astype("float32")
-    return images, random.integers(CLASSES, size=batch)
-
-
 def ours(size, kind, side):
-    import jax
     import keras
 
-    import keras_vit
-
     keras.config.set_dtype_policy("mixed_bfloat16")
-    vit = keras_vit.build_vit(
-        keras_vit.ViTConfig(*size, PATCH), image_size=side, num_classes=CLASSES
-    )
-    model = keras_vit.skip_unread_tokens(vit)
-
-    @jax.jit
-    def forward(state, images):
-        return model.stateless_call(*state, images, training=False)[0]
-
-    optimizer = keras.optimizers.AdamW(1e-4)
-    optimizer.build(model.trainable_variables)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-    def loss_of(weights, others, images, labels):
-        logits, others = model.stateless_call(weights, others, images, training=True)
-        return loss(labels, logits), others
-
-    def step(weights, others, moments, images, labels):
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (value, others), gradients = gradient(weights, others, images, labels)
-        weights, moments = optimizer.stateless_apply(moments, gradients, weights)
-        return weights, others, moments, value
-
-    step = jax.jit(step, donate_argnums=(0, 1, 2))
-    variables = (model.trainable_variables, model.non_trainable_variables, optimizer.variables)
-    state = [[variable.value for variable in group] for group in variables]
-
-    def make(batch):
-        images, labels = map(jax.device_put, data(batch, side))
-
-        def run(calls):
-            nonlocal state
-            for _ in range(calls):
-                if kind == "forward":
-                    result = forward(state[:2], images)
-                else:
-                    *state, result = step(*state, images, labels)
-            result.block_until_ready()
-
-        run.device_bytes = lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        return run
-
-    return make, model.count_params()
+    return models.ours_on_jax(size, kind, side)
 
 
 def timm(size, kind, side, device):
@@ -107,8 +55,8 @@ def timm(size, kind, side, device):
     hidden_dim, depth, num_heads, mlp_dim = size
     model = timm.models.VisionTransformer(
         img_size=side,
-        patch_size=PATCH,
-        num_classes=CLASSES,
+        patch_size=models.PATCH,
+        num_classes=models.CLASSES,
         embed_dim=hidden_dim,
         depth=depth,
         num_heads=num_heads,
@@ -120,7 +68,7 @@ def timm(size, kind, side, device):
     bfloat16 = torch.autocast(device, torch.bfloat16)
 
     def make(batch):
-        images, labels = data(batch, side)
+        images, labels = models.data(batch, side)
         images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
         labels = torch.from_numpy(labels).to(device)
 
@@ -184,10 +132,10 @@ def compare_alone(contenders, cases, **options):
 def multiplications(size, side):
     """Of the matrix products of one image's forward pass."""
     hidden_dim, depth, _, mlp_dim = size
-    patches = (side // PATCH) ** 2
+    patches = (side // models.PATCH) ** 2
     n = patches + 1
     block = n * (4 * hidden_dim**2 + 2 * hidden_dim * mlp_dim) + 2 * n**2 * hidden_dim
-    return patches * 3 * PATCH**2 * hidden_dim + depth * block + CLASSES * hidden_dim
+    return patches * 3 * models.PATCH**2 * hidden_dim + depth * block + models.CLASSES * hidden_dim
 
 
 def card():

@@ -14,10 +14,10 @@ SIZES = {  # hidden_dim, depth, num_heads, mlp_dim
 }
 
 
-def data(batch):
+def data(batch, side=SIDE):
     """Images (B, H, W, C) and one-hot labels."""
     random = np.random.default_rng(0)
-    images = random.normal(size=(batch, SIDE, SIDE, 3)).astype("float32")
+    images = random.normal(size=(batch, side, side, 3)).astype("float32")
     return images, np.eye(CLASSES, dtype="float32")[random.integers(CLASSES, size=batch)]
 
 
@@ -30,6 +30,57 @@ def ours(variant, kind):
     if kind == "forward":
         return keras_forward(vit, xla=True)
     return keras_training(DistributedModel(vit.input, vit.output))
+
+
+def ours_on_jax(size, kind, side=SIDE):
+    """A pass, or a step, in one `jax.jit`; the state of a step is donated."""
+    import jax
+    import keras
+
+    import keras_vit
+
+    size = keras_vit.ViTConfig(*size, PATCH)
+    vit = keras_vit.build_vit(size, image_size=side, num_classes=CLASSES)
+    model = keras_vit.skip_unread_tokens(vit)
+
+    @jax.jit
+    def forward(state, images):
+        return model.stateless_call(*state, images, training=False)[0]
+
+    optimizer = keras.optimizers.AdamW(LEARNING_RATE)
+    optimizer.build(model.trainable_variables)
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+
+    def loss_of(weights, others, images, labels):
+        logits, others = model.stateless_call(weights, others, images, training=True)
+        return loss(labels, logits), others
+
+    def step(weights, others, moments, images, labels):
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (value, others), gradients = gradient(weights, others, images, labels)
+        weights, moments = optimizer.stateless_apply(moments, gradients, weights)
+        return weights, others, moments, value
+
+    step = jax.jit(step, donate_argnums=(0, 1, 2))
+    variables = (model.trainable_variables, model.non_trainable_variables, optimizer.variables)
+    state = [[variable.value for variable in group] for group in variables]
+
+    def make(batch):
+        images, labels = map(jax.device_put, data(batch, side))
+
+        def run(calls):
+            nonlocal state
+            for _ in range(calls):
+                if kind == "forward":
+                    result = forward(state[:2], images)
+                else:
+                    *state, result = step(*state, images, labels)
+            result.block_until_ready()
+
+        run.device_bytes = lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return run
+
+    return make, model.count_params()
 
 
 def keras_hub(variant, kind, xla):

@@ -8,6 +8,7 @@ cross-entropy, backward pass and AdamW's update. Each contender runs as its user
 
 - keras-vit: `skip_unread_tokens(vit)`, as `keras-vit train` does; inference by
   `tf.function(jit_compile=True)` of it, training by `DistributedModel` as it comes, with XLA;
+- keras-vit, JAX: the same model on that backend, a pass or a step in one `jax.jit`;
 - its products alone: the matrix products of our pass or step and nothing else, compiled by XLA;
 - KerasHub: `predict` and `fit` as they come; "XLA": `tf.function(jit_compile=True)`, and `fit` with
   `compile(jit_compile=True)`;
@@ -78,6 +79,13 @@ def contenders(variant, kind):
 
     return {
         OURS: one(models.ours, None, *keras),
+        f"{OURS}, JAX": Contender(
+            models.ours_on_jax,
+            None,
+            ("keras", "jax"),
+            {"size": models.SIZES[variant], "kind": kind},
+            {"KERAS_BACKEND": "jax"},
+        ),
         PRODUCTS: one(models.products, None, "tensorflow"),
         "KerasHub": one(models.keras_hub, "keras-hub", *keras, "keras-hub", xla=False),
         "KerasHub, XLA": one(models.keras_hub, "keras-hub", *keras, "keras-hub", xla=True),
