@@ -28,6 +28,7 @@ from harness import (
     markdown,
     parser,
     save,
+    with_memory,
 )
 
 PACKAGES = ("keras", "tensorflow", "ai-edge-litert")
@@ -52,11 +53,16 @@ def tokens(case):
 
 
 def multiplications(case):
-    """Of a forward pass: projection, then qkv and output, q k^T and A v, and the MLP; the head."""
+    """Of a forward pass: the patch projection, the blocks, the head.
+
+    A block: qkv and output projections, q k^T and A v, and the MLP. The last one makes keys and
+    values of all tokens, and everything else of the class token alone.
+    """
     n, d = tokens(case), WIDTH
-    block = n * (4 * d * d + 2 * d * MLP) + 2 * n**2 * d
     projection = (n - 1) * 3 * case["patch"] ** 2 * d
-    return case["batch"] * (projection + case["depth"] * block + CLASSES * d)
+    block = n * (4 * d * d + 2 * d * MLP) + 2 * n**2 * d
+    last = n * 2 * d * d + 2 * d * d + 2 * d * MLP + 2 * n * d
+    return case["batch"] * (projection + (case["depth"] - 1) * block + last + CLASSES * d)
 
 
 def kept(case, kind):
@@ -64,15 +70,18 @@ def kept(case, kind):
 
     Of a pass: the residual stream and the largest of what a block makes of it, scores or MLP. Of a
     step: the gradients, and per block and image of a part the inputs of products, norms, softmax
-    and GELU, which the backward pass reads again. Of a file: its weights, and a pass.
+    and GELU, which the backward pass reads again. Of a file: its weights, and a pass. The last
+    block is counted as in `multiplications`.
     """
     n, d = tokens(case), WIDTH
     weights = case["depth"] * (4 * d * d + 2 * d * MLP) + (3 * case["patch"] ** 2 + CLASSES) * d
-    scores = HEADS * n**2
     if kind == "training":
-        block = n * (8 * d + 2 * MLP) + scores
-        return 4 * (weights + case["batch"] // case["parts"] * case["depth"] * block)
-    pass_ = 4 * case["batch"] * (n * d + max(3 * n * d + scores, n * MLP))
+        block = n * (8 * d + 2 * MLP) + HEADS * n**2
+        last = n * 4 * d + 4 * d + 2 * MLP + HEADS * n  # norm, its input, k and v; one token
+        images = case["batch"] // case["parts"]
+        return 4 * (weights + images * ((case["depth"] - 1) * block + last))
+    block = max(3 * n * d + HEADS * n**2, n * MLP) if case["depth"] > 1 else 2 * n * d
+    pass_ = 4 * case["batch"] * (n * d + block)
     return pass_ + {"forward": 0, "fp32": 4, "dynamic_int8": 1}[kind] * weights
 
 
@@ -155,11 +164,13 @@ def file(mode):
             export_tflite(build(case), path, mode=mode)
             content = path.read_bytes()
 
+        x = images(case)
+
         def run(calls):
             interpreter = Interpreter(model_content=content, num_threads=cores())
             interpreter.allocate_tensors()
             [details] = interpreter.get_input_details()
-            interpreter.set_tensor(details["index"], images(case))
+            interpreter.set_tensor(details["index"], x)
             interpreter.invoke()
             start = time.perf_counter()
             for _ in range(calls):
@@ -203,13 +214,6 @@ def measured_series(kind, grows, cases, quick):
     }
 
 
-def with_memory(entry, other):
-    """What was timed, and what a call took in the other process."""
-    if "missing" in entry or "missing" in other:
-        return {"missing": entry.get("missing") or other["missing"]}
-    return {**entry, "call_bytes": other["call_bytes"]}
-
-
 def why_missing(series, fewest=2):
     """The reason why a series has nothing to show, or None; it takes `fewest` points to show."""
     reasons = [point["missing"] for point in series["points"] if "missing" in point]
@@ -228,6 +232,11 @@ def curves(series):
     )
 
 
+def is_known(values):
+    """Whether each has a logarithm: memory is told on Linux alone, and may be lost in noise."""
+    return all(value is not None and value > 0 for value in values)
+
+
 def table(result):
     """Exponents, then the micro-batches."""
     rows, missing = [], []
@@ -237,14 +246,14 @@ def table(result):
             continue
         x, *values = curves(series)
         name = f"{series['kind']}, {series['grows']} {x[0]} to {x[-1]}"
-        rows.append((name, *(f"{exponent(x, y):.2f}" for y in values)))
+        rows.append((name, *(f"{exponent(x, y):.2f}" if is_known(y) else "" for y in values)))
     columns = ("", "time, p", "theory", "memory, p", "theory")
     parts = [markdown(columns, rows)]
     rows = [
         (
             f"{point['batch']} images in {point['parts']}",
             f"{min(point['seconds']):.3f}, {statistics.median(point['seconds']):.3f}",
-            f"{point['call_bytes'] / 1e6:.0f}",
+            f"{point['call_bytes'] / 1e6:.0f}" if is_known([point["call_bytes"]]) else "",
             f"{point['kept_bytes'] / 1e6:.0f}",
         )
         for series in result["micro_batches"]
@@ -270,6 +279,8 @@ def plot(result, path):
                     continue
                 values = curves(series)
                 x, y, expected = values[0], values[measured], values[theory]
+                if not is_known(y):
+                    continue
                 label = f"{series['kind']} {exponent(x, y):.2f} ({exponent(x, expected):.2f})"
                 [line] = axes.loglog(x, y, "o-", label=label)
                 middle = len(x) // 2

@@ -138,6 +138,16 @@ def compare(contenders, cases, *, rounds=5, turn=1.0, least_calls=1):
         return [measure(processes, case, rounds, turn, least_calls) for case in cases]
 
 
+def with_memory(entry, other):
+    """What was timed in one process, with what a call took in another one, under `GIVING_BACK`.
+
+    What gives memory back is slower, so that one process cannot tell both.
+    """
+    if "missing" in entry or "missing" in other:
+        return {"missing": entry.get("missing") or other["missing"]}
+    return {**entry, "call_bytes": other["call_bytes"]}
+
+
 def measure(processes, case, rounds, turn, least_calls):
     """One case of `compare`."""
     print(f"  {case}: warm-up", end="", flush=True)

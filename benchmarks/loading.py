@@ -21,6 +21,7 @@ from harness import (
     parser,
     save,
     versions_line,
+    with_memory,
 )
 
 VARIANT, QUICK_VARIANT = "B/16", "Ti/16"
@@ -54,22 +55,20 @@ def timm(path, name):
     return make, None
 
 
-def contenders(variant, paths):
-    """Name -> (contender, the file that it loads)."""
-    keras, torch = ("keras", "tensorflow"), ("torch", "timm")
-    timms = {"path": str(paths["timm"]), "name": TIMM[variant]}
-    return {
-        f"keras-vit, {path.name}": (
-            Contender(ours, None, keras, {"path": str(path)}, GIVING_BACK),
-            path,
-        )
+def contenders(variant, paths, variables):
+    """Name -> contender."""
+
+    def one(build, environment, path, *packages, **options):
+        options = {"path": str(path), **options}
+        return Contender(build, environment, packages, options, variables)
+
+    named = {
+        f"keras-vit, {path.name}": one(ours, None, path, "keras", "tensorflow")
         for path in paths.values()
-    } | {
-        f"timm, {paths['timm'].name}": (
-            Contender(timm, "timm", torch, timms, GIVING_BACK),
-            paths["timm"],
-        )
     }
+    path = paths["timm"]
+    named[f"timm, {path.name}"] = one(timm, "timm", path, "torch", "timm", name=TIMM[variant])
+    return named
 
 
 def table(result):
@@ -112,16 +111,18 @@ def main():
         paths = {family: pathlib.Path(folder) / name for family, name in FILES.items()}
         for family, path in paths.items():
             keras_vit.save_checkpoint(model, path, family)
-        chosen = contenders(variant, paths)
-        files = {name: path.stat().st_size for name, (_, path) in chosen.items()}
-        [measured] = compare(
-            {name: contender for name, (contender, _) in chosen.items()},
-            [None],
-            rounds=2 if quick else 5,
-            turn=0,
-        )
+        files = {path.name: path.stat().st_size for path in paths.values()}
+        measured = [
+            compare(contenders(variant, paths, variables), [None], rounds=rounds, turn=0)
+            for variables, rounds in (({}, 2 if quick else 5), (GIVING_BACK, 1))
+        ]
+    [timed], [frugal] = measured
     entries = {
-        name: {"file_bytes": files[name], **entry} for name, entry in measured["contenders"].items()
+        name: {
+            "file_bytes": files[name.split(", ")[1]],
+            **with_memory(entry, frugal["contenders"][name]),
+        }
+        for name, entry in timed["contenders"].items()
     }
     save("loading", quick, variant=variant, contenders=entries)
 

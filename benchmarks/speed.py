@@ -198,7 +198,7 @@ def goals_table(result):
             (
                 f"{variant}, {kind}, batch {batch}: {what} / {peer}",
                 f"{sign} {goal}",
-                ", ".join(f"{value:.2f}" for value in values),
+                ", ".join(f"{value:.3f}" for value in values),
                 "kept" if kept else "missed",
             )
         )
@@ -239,7 +239,8 @@ def plot(result, path):
             entries = {k: v for k, v in case["contenders"].items() if "missing" not in v}
             speeds = [case["case"] / min(entry["seconds"]) for entry in entries.values()]
             colors = [
-                "C1" if name == OURS else "C7" if name == PRODUCTS else "C0" for name in entries
+                "C1" if name.startswith(OURS) else "C7" if name == PRODUCTS else "C0"
+                for name in entries
             ]
             axes.barh(list(entries), speeds, color=colors)
             axes.invert_yaxis()
@@ -288,7 +289,7 @@ def main():
         )
         cases = [{**case, "contenders": same_model(case["contenders"])} for case in cases]
         groups.append({"variant": variant, "kind": kind, "cases": cases})
-        save("speed", quick, groups=groups)  # after each, which takes minutes
+    save("speed", quick, groups=groups)
 
 
 if __name__ == "__main__":
