@@ -10,6 +10,7 @@ fp16 computes in float32 on an x86.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -19,7 +20,7 @@ import tempfile
 
 import numpy as np
 from environments import OPTIONAL, Missing, last_line, python_of
-from harness import described, draw, markdown, parser, save, versions_line
+from harness import cores, described, draw, markdown, parser, save, versions_line
 
 CLASSES, SIDE = 1000, 224
 THREADS = (1, 2)
@@ -144,22 +145,25 @@ def contenders(modes, peer_modes, everything):
 
 
 def make(variant, made, folder, missing):
-    """Makes the files of one size that are not there; returns their paths by (name, mode)."""
+    """Makes the files of one size that are not there, one on each core; returns their paths."""
     from keras_vit.export.benchmark import describe_graph
 
-    paths = {}
-    for (name, mode), python in made.items():
-        print(f"  {variant}: making {name}_{mode}", flush=True)
+    def one(key, python):
+        name, mode = key
         path = folder / f"{name}_{mode}.tflite"
+        print(f"  {variant}: making {path.stem}", flush=True)
         try:
             if not path.exists():
                 run_make(python, name, mode, variant, path)
             describe_graph(path)
         except (Missing, ValueError) as error:
-            missing[f"{variant}, {name}_{mode}"] = str(error)
-        else:
-            paths[name, mode] = path
-    return paths
+            missing[f"{variant}, {path.stem}"] = str(error)
+            return None
+        return path
+
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+        paths = dict(zip(made, pool.map(one, made, made.values()), strict=True))
+    return {key: path for key, path in paths.items() if path is not None}
 
 
 def run_make(python, name, mode, variant, path):
