@@ -130,20 +130,6 @@ def compare_alone(contenders, cases, **options):
     ]
 
 
-def multiplications(size, side, whole):
-    """Of the matrix products of one image's forward pass.
-
-    Unless it is the `whole` model, the last block makes keys and values of all tokens, and
-    everything else of the class token alone, as ours does.
-    """
-    d, depth, _, mlp_dim = size
-    patches = (side // models.PATCH) ** 2
-    n = patches + 1
-    block = n * (4 * d * d + 2 * d * mlp_dim) + 2 * n**2 * d
-    last = block if whole else n * 2 * d * d + 2 * d * d + 2 * d * mlp_dim + 2 * n * d
-    return patches * 3 * models.PATCH**2 * d + (depth - 1) * block + last + models.CLASSES * d
-
-
 def card():
     """The name of the GPU."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -222,10 +208,10 @@ def main():
                 rounds=2 if quick else 5,
                 turn=0.1 if quick else 1.0,
             )
-            counts = {one: multiplications(size, side, whole=one != OURS) for one in chosen}
+            counts = {one: models.multiplications(size, side, whole=one != OURS) for one in chosen}
             group = {"variant": variant, "kind": kind, "cases": cases}
             groups.append({**group, "multiplications": counts})
-            save("gpu", is_trial, card=name, peak_tflops=peak, groups=groups)  # time may be short
+        save("gpu", is_trial, card=name, peak_tflops=peak, groups=groups)  # time may be short
 
 
 if __name__ == "__main__":

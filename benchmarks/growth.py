@@ -17,22 +17,22 @@ import statistics
 import tempfile
 import time
 
+import models
 import numpy as np
 from harness import (
-    GIVING_BACK,
     Contender,
     compare,
+    compare_with_memory,
     described,
     draw,
     exponent,
     markdown,
     parser,
     save,
-    with_memory,
 )
 
 PACKAGES = ("keras", "tensorflow", "ai-edge-litert")
-CLASSES, WIDTH, HEADS, MLP = 1000, 192, 3, 768
+WIDTH, HEADS, MLP = 192, 3, 768
 BASE = {"image": 224, "patch": 16, "batch": 8, "depth": 2, "parts": 1}
 SERIES = {
     "image": (96, 160, 288, 512),
@@ -52,17 +52,9 @@ def tokens(case):
     return (case["image"] // case["patch"]) ** 2 + 1
 
 
-def multiplications(case):
-    """Of a forward pass: the patch projection, the blocks, the head.
-
-    A block: qkv and output projections, q k^T and A v, and the MLP. The last one makes keys and
-    values of all tokens, and everything else of the class token alone.
-    """
-    n, d = tokens(case), WIDTH
-    projection = (n - 1) * 3 * case["patch"] ** 2 * d
-    block = n * (4 * d * d + 2 * d * MLP) + 2 * n**2 * d
-    last = n * 2 * d * d + 2 * d * d + 2 * d * MLP + 2 * n * d
-    return case["batch"] * (projection + (case["depth"] - 1) * block + last + CLASSES * d)
+def size(case):
+    """hidden_dim, depth, num_heads, mlp_dim."""
+    return WIDTH, case["depth"], HEADS, MLP
 
 
 def kept(case, kind):
@@ -71,10 +63,12 @@ def kept(case, kind):
     Of a pass: the residual stream and the largest of what a block makes of it, scores or MLP. Of a
     step: the gradients, and per block and image of a part the inputs of products, norms, softmax
     and GELU, which the backward pass reads again. Of a file: its weights, and a pass. The last
-    block is counted as in `multiplications`.
+    block is counted as in `models.multiplications`.
     """
     n, d = tokens(case), WIDTH
-    weights = case["depth"] * (4 * d * d + 2 * d * MLP) + (3 * case["patch"] ** 2 + CLASSES) * d
+    weights = (
+        case["depth"] * (4 * d * d + 2 * d * MLP) + (3 * case["patch"] ** 2 + models.CLASSES) * d
+    )
     if kind == "training":
         block = n * (8 * d + 2 * MLP) + HEADS * n**2
         last = n * 4 * d + 4 * d + 2 * MLP + HEADS * n  # norm, its input, k and v; one token
@@ -88,8 +82,8 @@ def kept(case, kind):
 def build(case):
     import keras_vit
 
-    size = keras_vit.ViTConfig(WIDTH, case["depth"], HEADS, MLP, case["patch"])
-    return keras_vit.build_vit(size, image_size=case["image"], num_classes=CLASSES)
+    vit = keras_vit.ViTConfig(*size(case), case["patch"])
+    return keras_vit.build_vit(vit, image_size=case["image"], num_classes=models.CLASSES)
 
 
 def images(case):
@@ -185,31 +179,25 @@ def file(mode):
 def measured_series(kind, grows, cases, quick):
     """Measures the cases, a process for each; returns them with what theory says."""
     print(f"{kind}, growing {grows}", flush=True)
-    points = {f"{grows} {case[grows]}": case for case in cases}
-
-    def measured(rounds, variables):
-        contenders = {
-            name: Contender(contender, None, PACKAGES, {"kind": kind, "case": case}, variables)
-            for name, case in points.items()
-        }
-        [result] = compare(contenders, [None], rounds=rounds, turn=0.2)
-        return result["contenders"]
-
-    entries = measured(2 if quick else 3, {})
-    if kind in IN_TENSORFLOW:  # its memory apart, since what gives back is slower
-        memory = measured(1, GIVING_BACK)
-        entries = {name: with_memory(entry, memory[name]) for name, entry in entries.items()}
+    contenders = {
+        f"{grows} {case[grows]}": Contender(contender, None, PACKAGES, {"kind": kind, "case": case})
+        for case in cases
+    }
+    # A file gives back what it takes: its process tells both.
+    measure = compare_with_memory if kind in IN_TENSORFLOW else compare
+    [measured] = measure(contenders, [None], rounds=2 if quick else 3, turn=0.2)
     return {
         "kind": kind,
         "grows": grows,
         "points": [
             {
                 **case,
-                "multiplications": multiplications(case),
+                "multiplications": case["batch"]
+                * models.multiplications(size(case), case["image"], case["patch"]),
                 "kept_bytes": kept(case, kind),
-                **entries[name],
+                **entry,
             }
-            for name, case in points.items()
+            for case, entry in zip(cases, measured["contenders"].values(), strict=True)
         ],
     }
 
@@ -303,7 +291,7 @@ def main():
     quick = parser(__doc__).parse_args().quick
     series = []
     for kind in KINDS[:3] if quick else KINDS:
-        is_file = kind not in ("forward", "training")
+        is_file = kind not in IN_TENSORFLOW
         base = {**BASE, "batch": 1} if is_file or quick else BASE
         for grows, values in (QUICK if quick else SERIES).items():
             if not (is_file and grows == "batch"):  # a file takes one image

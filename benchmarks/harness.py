@@ -138,11 +138,30 @@ def compare(contenders, cases, *, rounds=5, turn=1.0, least_calls=1):
         return [measure(processes, case, rounds, turn, least_calls) for case in cases]
 
 
-def with_memory(entry, other):
-    """What was timed in one process, with what a call took in another one, under `GIVING_BACK`.
+def compare_with_memory(contenders, cases, **options):
+    """`compare`, and "call_bytes" from a second process of each contender, under `GIVING_BACK`.
 
     What gives memory back is slower, so that one process cannot tell both.
     """
+    frugal = {
+        name: dataclasses.replace(one, variables={**one.variables, **GIVING_BACK})
+        for name, one in contenders.items()
+    }
+    timed, weighed = compare(contenders, cases, **options), compare(frugal, cases, rounds=1, turn=0)
+    return [
+        {
+            "case": case["case"],
+            "contenders": {
+                name: with_memory(entry, other["contenders"][name])
+                for name, entry in case["contenders"].items()
+            },
+        }
+        for case, other in zip(timed, weighed, strict=True)
+    ]
+
+
+def with_memory(entry, other):
+    """What was timed in one process, with what a call took in another one."""
     if "missing" in entry or "missing" in other:
         return {"missing": entry.get("missing") or other["missing"]}
     return {**entry, "call_bytes": other["call_bytes"]}

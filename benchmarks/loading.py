@@ -12,16 +12,14 @@ import statistics
 import tempfile
 
 from harness import (
-    GIVING_BACK,
     Contender,
-    compare,
+    compare_with_memory,
     described,
     draw,
     markdown,
     parser,
     save,
     versions_line,
-    with_memory,
 )
 
 VARIANT, QUICK_VARIANT = "B/16", "Ti/16"
@@ -55,12 +53,12 @@ def timm(path, name):
     return make, None
 
 
-def contenders(variant, paths, variables):
+def contenders(variant, paths):
     """Name -> contender."""
 
     def one(build, environment, path, *packages, **options):
         options = {"path": str(path), **options}
-        return Contender(build, environment, packages, options, variables)
+        return Contender(build, environment, packages, options)
 
     named = {
         f"keras-vit, {path.name}": one(ours, None, path, "keras", "tensorflow")
@@ -112,17 +110,12 @@ def main():
         for family, path in paths.items():
             keras_vit.save_checkpoint(model, path, family)
         files = {path.name: path.stat().st_size for path in paths.values()}
-        measured = [
-            compare(contenders(variant, paths, variables), [None], rounds=rounds, turn=0)
-            for variables, rounds in (({}, 2 if quick else 5), (GIVING_BACK, 1))
-        ]
-    [timed], [frugal] = measured
+        [measured] = compare_with_memory(
+            contenders(variant, paths), [None], rounds=2 if quick else 5, turn=0
+        )
     entries = {
-        name: {
-            "file_bytes": files[name.split(", ")[1]],
-            **with_memory(entry, frugal["contenders"][name]),
-        }
-        for name, entry in timed["contenders"].items()
+        name: {"file_bytes": files[name.split(", ")[1]], **entry}
+        for name, entry in measured["contenders"].items()
     }
     save("loading", quick, variant=variant, contenders=entries)
 

@@ -21,6 +21,21 @@ def data(batch, side=SIDE):
     return images, np.eye(CLASSES, dtype="float32")[random.integers(CLASSES, size=batch)]
 
 
+def multiplications(size, side=SIDE, patch=PATCH, whole=False):
+    """Of the matrix products of one image's forward pass.
+
+    A block: qkv and output projections, q k^T and A v, and the MLP. Unless it is the `whole` model,
+    the last one makes keys and values of all tokens, and everything else of the class token alone,
+    as ours does.
+    """
+    d, depth, _, mlp_dim = size
+    patches = (side // patch) ** 2
+    n = patches + 1
+    block = n * (4 * d * d + 2 * d * mlp_dim) + 2 * n**2 * d
+    last = block if whole else n * 2 * d * d + 2 * d * d + 2 * d * mlp_dim + 2 * n * d
+    return patches * 3 * patch**2 * d + (depth - 1) * block + last + CLASSES * d
+
+
 def ours(variant, kind):
     import keras_vit
     from keras_vit.training import DistributedModel
