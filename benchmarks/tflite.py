@@ -9,7 +9,6 @@ file is made in a process of its own. Then one inference of each file in turns, 
 fp16 computes in float32 on an x86.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import json
@@ -26,10 +25,12 @@ CLASSES, SIDE = 1000, 224
 THREADS = (1, 2)
 SHOWN = ("MB", "ms x1", "ms x2")
 CALIBRATION_IMAGES = 32
-SIZES = {  # hidden_dim, num_heads, mlp_dim; 12 blocks; the name in timm
-    "Ti/16": (192, 3, 768, "vit_tiny_patch16_224"),
-    "S/16": (384, 6, 1536, "vit_small_patch16_224"),
+SIZES = {  # hidden_dim, num_heads, mlp_dim, patch_size; 12 blocks; the name in timm
+    "Ti/16": (192, 3, 768, 16, "vit_tiny_patch16_224"),
+    "S/16": (384, 6, 1536, 16, "vit_small_patch16_224"),
+    "S/14": (384, 6, 1536, 14, "vit_small_patch14_dinov2"),  # with --make
 }
+MEASURED = ("Ti/16", "S/16")
 OURS = "keras-vit"
 MODES = ("fp32", "fp16", "dynamic_int8", "int8_mixed", "int4")  # those for CPUs
 # Ours over the better file of KerasHub's: fp32 with fp32, the others with dynamic int8.
@@ -54,10 +55,10 @@ def ours(variant, mode, path):
 def keras_hub(variant):
     from keras_hub.models import ViTBackbone, ViTImageClassifier
 
-    hidden_dim, num_heads, mlp_dim, _ = SIZES[variant]
+    hidden_dim, num_heads, mlp_dim, patch_size, _ = SIZES[variant]
     backbone = ViTBackbone(
         image_shape=(SIDE, SIDE, 3),
-        patch_size=16,
+        patch_size=patch_size,
         num_layers=12,
         num_heads=num_heads,
         hidden_dim=hidden_dim,
@@ -98,7 +99,7 @@ def litert_torch(variant, mode, path):
     import timm
     import torch
 
-    model = timm.create_model(SIZES[variant][-1], num_classes=CLASSES).eval()
+    model = timm.create_model(SIZES[variant][-1], img_size=SIDE, num_classes=CLASSES).eval()
     rng = np.random.default_rng(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -291,7 +292,12 @@ def main():
     arguments = parser(__doc__)
     arguments.add_argument("--all", action="store_true", help="the optional peers too")
     arguments.add_argument("--folder", type=pathlib.Path, help="keep the files, use those there")
-    arguments.add_argument("--make", nargs=4, help=argparse.SUPPRESS)
+    arguments.add_argument(
+        "--make",
+        nargs=4,
+        metavar=("WHO", "MODE", "SIZE", "PATH"),
+        help="only make one file, run by the Python of WHO's environment",
+    )
     arguments = arguments.parse_args()
     if arguments.make:
         name, mode, variant, path = arguments.make
@@ -304,7 +310,7 @@ def main():
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory())
         folder = arguments.folder or pathlib.Path(temporary)
-        for variant in ("Ti/16",) if arguments.quick else SIZES:
+        for variant in MEASURED[:1] if arguments.quick else MEASURED:
             path = folder / variant.replace("/", "")
             sizes[variant] = measure(variant, made, path, missing, arguments)
     save("tflite", arguments.quick, versions=versions, missing=missing, sizes=sizes)
