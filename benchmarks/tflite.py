@@ -33,6 +33,7 @@ SIZES = {  # hidden_dim, num_heads, mlp_dim, patch_size; 12 blocks; the name in 
 MEASURED = ("Ti/16", "S/16")
 OURS = "keras-vit"
 MODES = ("fp32", "fp16", "dynamic_int8", "int8_mixed", "int4")  # those for CPUs
+PEER_MODES = ("fp32", "int8")
 # Ours over the better file of KerasHub's: fp32 with fp32, the others with dynamic int8.
 TIME_GOALS = {"fp32": 0.93, "dynamic_int8": 0.95, "int8_mixed": 0.72}
 SIZE_GOALS = {"fp32": 1.0, "dynamic_int8": 1.0, "int8_mixed": 1.0, "int4": 0.65}
@@ -301,10 +302,16 @@ def main():
     arguments = arguments.parse_args()
     if arguments.make:
         name, mode, variant, path = arguments.make
+        modes = {OURS: MODES, **dict.fromkeys(PEERS, PEER_MODES)}
+        if mode not in modes.get(name, ()) or variant not in SIZES:
+            raise ValueError(
+                f"`--make` takes one of {modes} and a size of {tuple(SIZES)}. Received: "
+                f"{name} {mode} {variant}."
+            )
         function = ours if name == OURS else PEERS[name][0]
         return function(variant, mode, pathlib.Path(path))
 
-    modes = (("fp32",), ("fp32",)) if arguments.quick else (MODES, ("fp32", "int8"))
+    modes = (("fp32",), ("fp32",)) if arguments.quick else (MODES, PEER_MODES)
     made, versions, missing = contenders(*modes, arguments.all)
     sizes = {}
     with contextlib.ExitStack() as stack:
