@@ -1,6 +1,7 @@
 """Export to `.tflite`: static batch 1, float32 images in, builtin operations only."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -243,6 +244,7 @@ def _write(deployment, output, job, arrays):
         folder = pathlib.Path(name)
         spec = tf.TensorSpec(shape, tf.float32, "images")
         write_endpoints(str(folder / "saved_model"), {"serving_default": (serve, spec)})
+        gc.collect()  # the graphs refer to themselves, and would pile up over several exports
         for key, array in arrays.items():
             if array is not None:
                 np.save(folder / f"{key}.npy", array)
