@@ -16,10 +16,11 @@ from .graph import forward
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The smallest and the largest value of each channel over all tokens and images, `(K,)`."""
+    """Smallest, largest and mean value of each channel over all tokens and images, `(K,)` each."""
 
     low: np.ndarray
     high: np.ndarray
+    mean: np.ndarray
 
     @property
     def size(self):
@@ -28,7 +29,7 @@ class Range:
 
     @property
     def middle(self):
-        """Halfway between the two, `(K,)`."""
+        """Halfway between the smallest and the largest value, `(K,)`."""
         return (self.low + self.high) / 2
 
 
@@ -46,26 +47,30 @@ def output_ranges(vit, images):
     """
 
     @tf.function(autograph=False)
-    def extremes(image):
+    def statistics(image):
         seen = {}
 
         def observe(name, y):
             rows = tf.reshape(y, (-1, y.shape[-1]))
-            seen[name] = tf.reduce_min(rows, 0), tf.reduce_max(rows, 0)
+            seen[name] = [
+                reduce(rows, 0) for reduce in (tf.reduce_min, tf.reduce_max, tf.reduce_mean)
+            ]
 
         forward(vit, image, observe)
         return seen
 
-    lows, highs = {}, {}
+    lows, highs, means = {}, {}, {}
     for image in images:
-        for name, (low, high) in extremes(tf.constant(image[None], tf.float32)).items():
-            lows[name] = np.minimum(lows.get(name, np.inf), low.numpy().astype("float64"))
-            highs[name] = np.maximum(highs.get(name, -np.inf), high.numpy().astype("float64"))
+        for name, reduced in statistics(tf.constant(image[None], tf.float32)).items():
+            low, high, mean = (np.float64(values) for values in reduced)
+            lows[name] = np.minimum(lows.get(name, np.inf), low)
+            highs[name] = np.maximum(highs.get(name, -np.inf), high)
+            means[name] = means.get(name, 0) + mean / len(images)
     last = f"block_{len(vit.blocks) - 1}/"
     if last + "q" in lows:
-        for sides in (lows, highs):
-            sides[last + "qkv"] = np.concatenate([sides.pop(last + "q"), sides.pop(last + "kv")])
-    return {name: Range(lows[name], highs[name]) for name in lows}
+        for of in (lows, highs, means):
+            of[last + "qkv"] = np.concatenate([of.pop(last + "q"), of.pop(last + "kv")])
+    return {name: Range(lows[name], highs[name], means[name]) for name in lows}
 
 
 def equalize(vit, images):
@@ -117,22 +122,27 @@ def center_attention(vit, ranges):
 
     softmax(q (k + a)^T) (v + b) = softmax(q k^T) v + b; b is taken off the projection's bias.
 
+    Keys are centred to the middle of their range, which makes it smallest, values to the mean of
+    all tokens: a probability that many tokens have is so small that it rounds to 0 in 8 bits, and
+    what these tokens would have added is near to a multiple of that mean.
+
     Args:
         vit: a `DeployModel`.
         ranges: of `output_ranges`.
     """
     blocks = []
     for i, block in enumerate(vit.blocks):
-        shift = -ranges[f"block_{i}/qkv"].middle
-        inner_dim = shift.size // 3
-        # Queries count as they are, and so do keys that a norm is taken of.
-        shift[: inner_dim if block.key_norm is None else 2 * inner_dim] = 0
-        bias = block.proj.bias - shift[2 * inner_dim :] @ block.proj.kernel
+        qkv = ranges[f"block_{i}/qkv"]
+        _, k, _ = np.split(qkv.middle, 3)
+        _, _, v = np.split(qkv.mean, 3)
+        if block.key_norm is not None:  # keys that a norm is taken of count as they are
+            k = np.zeros_like(k)
+        center = np.concatenate([np.zeros_like(k), k, v])  # and so do queries
         blocks.append(
             dataclasses.replace(
                 block,
-                qkv=Dense(block.qkv.kernel, block.qkv.bias + shift),
-                proj=Dense(block.proj.kernel, bias),
+                qkv=Dense(block.qkv.kernel, block.qkv.bias - center),
+                proj=Dense(block.proj.kernel, block.proj.bias + v @ block.proj.kernel),
             )
         )
     return dataclasses.replace(vit, blocks=tuple(blocks))

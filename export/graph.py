@@ -144,8 +144,11 @@ def _heads(x, count):
 def _attend(q, k, v):
     """softmax(q k^T) v with scaled queries: `(1, h, M, d)`, `(1, h, N, d)` -> `(1, M, h * d)`."""
     _, heads, queries, head_dim = q.shape
-    x = tf.matmul(tf.nn.softmax(tf.matmul(q, k, transpose_b=True)), v)
-    return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (1, queries, heads * head_dim))
+    with tf.name_scope("probabilities"):
+        probabilities = tf.nn.softmax(tf.matmul(q, k, transpose_b=True))
+    with tf.name_scope("values"):
+        x = tf.matmul(probabilities, v)
+        return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (1, queries, heads * head_dim))
 
 
 def _block(vit, block, x, rows, dense, name):

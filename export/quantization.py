@@ -55,7 +55,7 @@ DYNAMIC_RULES = (
 MIXED_RULES = DYNAMIC_RULES + tuple(
     (regex, operation, _static(symmetric, weights))
     for regex, operation, symmetric, weights in (
-        (r"block_\d+/(MatMul|Softmax)", _Op.BATCH_MATMUL, True, None),
+        (r"block_\d+/", _Op.BATCH_MATMUL, True, None),
         (r"block_\d+/", _Op.RESHAPE, True, None),
         (r"block_\d+/", _Op.TRANSPOSE, True, None),
         (r"block_\d+/", _Op.SPLIT, True, None),
@@ -99,15 +99,19 @@ FALLBACKS = {
     "int8_full": ("a16w8", "float32"),
     "a16w8": ("float32",),
 }
+# Of a block's attention; what splits q, k and v goes with the first product that reads them, so
+# that v keeps its 8 bits where the second product alone is in float.
+_PRODUCTS = {"probabilities": "probabilities/|Reshape|transpose|split", "values": "values/"}
 _CONFIGS = {"dynamic_int8": _DYNAMIC, "a16w8": _INT16, "float32": None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What is quantized, or is not, as a whole: a dense layer, or the attention of a block.
+    """What is quantized, or is not, as a whole: a dense layer, or a product of activations.
 
     Attributes:
-        name: such as "block_3/fc1" or "block_3/attention".
+        name: such as "block_3/fc1"; "block_3/probabilities" for softmax(q k^T), and
+            "block_3/values" for the product of these probabilities and the values.
         regex: finds its operations by their names.
         operation: their kind.
     """
@@ -117,9 +121,9 @@ class Layer:
     operation: _Op
 
     def nearest(self, precision):
-        """The precision that it can have: attention has no weights, so it is dynamic in float."""
-        is_attention = self.operation == _Op.ALL_SUPPORTED
-        return "float32" if is_attention and precision == "dynamic_int8" else precision
+        """The precision that it can have: without weights, what is dynamic is in float."""
+        has_weights = self.operation == _Op.FULLY_CONNECTED
+        return "float32" if precision == "dynamic_int8" and not has_weights else precision
 
     def rule(self, precision):
         """The rule that gives this layer a precision of `FALLBACKS`."""
@@ -164,8 +168,9 @@ class FloatFile:
             name = "head" if "PartitionedCall" in name else name  # the output, which has no scope
             layers.append(Layer(name, f"^{re.escape(dense.name)}", _Op.FULLY_CONNECTED))
             if mode in STATIC_MODES and (block := re.match(r"(.*/)?block_\d+/(?=proj$)", name)):
-                regex = f"^{re.escape(block[0])}(MatMul|Softmax|Reshape|transpose|split)"
-                layers.insert(-1, Layer(f"{block[0]}attention", regex, _Op.ALL_SUPPORTED))
+                for product, names in _PRODUCTS.items():
+                    regex = f"^{re.escape(block[0])}({names})"
+                    layers.insert(-1, Layer(block[0] + product, regex, _Op.ALL_SUPPORTED))
         return tuple(layers)
 
     def quantize(self, rules):

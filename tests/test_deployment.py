@@ -123,6 +123,7 @@ def test_output_ranges_are_those_of_every_token_and_image():
     measured = output_ranges(fold(model), images)["block_1/qkv"]
     np.testing.assert_allclose(measured.low, y.min(axis=0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(measured.high, y.max(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(measured.mean, y.mean(axis=0), rtol=1e-4, atol=1e-5)
 
 
 def test_equalize_makes_the_channels_alike():
@@ -143,7 +144,8 @@ def test_equalize_makes_the_channels_alike():
         q, k, v = np.split(after[f"block_{i}/qkv"].size, 3)
         np.testing.assert_allclose(q, k, rtol=1e-3)
         np.testing.assert_allclose(v, max(q.max(), k.max()), rtol=1e-3)
-        np.testing.assert_allclose(after[f"block_{i}/qkv"].middle[48:] / v.max(), 0, atol=1e-3)
+        np.testing.assert_allclose(after[f"block_{i}/qkv"].middle[48:96] / v.max(), 0, atol=1e-3)
+        np.testing.assert_allclose(after[f"block_{i}/qkv"].mean[96:] / v.max(), 0, atol=1e-3)
         for name in ("proj", "fc2"):
             spread = [
                 ranges[f"block_{i}/{name}"].size.max() / np.median(ranges[f"block_{i}/{name}"].size)

@@ -9,7 +9,7 @@ from ai_edge_litert import schema_py_generated as schema
 import keras_vit
 from keras_vit import export
 from keras_vit.export import convert, sensitivity, tflite
-from keras_vit.export.calibration import calibrate
+from keras_vit.export.calibration import calibrate, operation_name
 from keras_vit.export.quantization import RULES, FloatFile
 from keras_vit.export.sensitivity import AccuracyLost, quantize_within, run, signal_to_noise
 
@@ -57,7 +57,7 @@ def weight_types(content):
         if code == schema.BuiltinOperator.FULLY_CONNECTED:
             name = "head" if "PartitionedCall" in name else name.split("/MatMul")[0]
         elif code == schema.BuiltinOperator.BATCH_MATMUL:
-            name = name.split("/")[0] + "/attention"
+            name = name.rpartition("/")[0]
         else:
             continue
         x, weights = (graph.tensors[i].type for i in operator.inputs[:2])
@@ -79,7 +79,7 @@ def test_signal_to_noise_of_a_case_by_hand():
 @pytest.mark.parametrize("mode", RULES)
 def test_layers(source, mode):
     names = [layer.name for layer in source.layers(mode)]
-    attention = ["block_0/attention", "block_1/attention"]
+    attention = [f"block_{i}/{name}" for i in range(2) for name in ("probabilities", "values")]
     assert [name for name in names if name not in attention] == DENSE
     assert [name for name in names if name in attention] == (
         [] if mode in ("dynamic_int8", "int4") else attention
@@ -97,7 +97,7 @@ def test_one_layer_alone_is_quantized(source, mode):
 
 
 def test_sensitivity_is_that_of_one_layer(source):
-    """Measured from the files, for a layer and for an attention."""
+    """Measured from the files, for a dense layer and for a product of activations."""
     images = random_images(20, seed=3)
     calls = []
     ratios = sensitivity.sensitivity(source, "int8_mixed", images, lambda: calls.append(1))
@@ -106,7 +106,7 @@ def test_sensitivity_is_that_of_one_layer(source):
     assert len(calls) == len(layers)
     expected = run(source.content, images)[:16].astype("float64")
     signal = np.square(expected - expected.mean(axis=0)).sum()
-    for name in ("block_0/fc1", "block_1/attention"):
+    for name in ("block_0/fc1", "block_1/values"):
         logits = run(source.quantize(layers[name].only(RULES["int8_mixed"])), images)[:16]
         noise = np.square(logits - expected).sum()
         assert ratios[name] == pytest.approx(10 * np.log10(signal / noise), abs=1e-3)
@@ -119,10 +119,12 @@ def test_sensitivity_is_that_of_one_layer(source):
         ("dynamic_int8", "float32", "block_0/fc1", (FLOAT, FLOAT)),
         ("int4", "dynamic_int8", "block_0/fc1", (INT8, FLOAT)),
         ("int8_mixed", "dynamic_int8", "block_0/fc1", (INT8, FLOAT)),
-        ("int8_mixed", "dynamic_int8", "block_0/attention", (FLOAT, FLOAT)),
+        ("int8_mixed", "dynamic_int8", "block_0/probabilities", (FLOAT, FLOAT)),
+        ("int8_mixed", "dynamic_int8", "block_0/values", (FLOAT, FLOAT)),
         ("int8_mixed", "float32", "head", (FLOAT, FLOAT)),
         ("int8_full", "a16w8", "block_0/fc1", (INT8, INT16)),
-        ("int8_full", "a16w8", "block_1/attention", (INT16, INT16)),
+        ("int8_full", "a16w8", "block_1/probabilities", (INT16, INT16)),
+        ("int8_full", "a16w8", "block_1/values", (INT16, INT16)),
         ("a16w8", "float32", "block_0/fc1", (FLOAT, FLOAT)),
     ],
 )
@@ -132,6 +134,34 @@ def test_a_layer_gets_another_precision(source, mode, precision, name, types):
     after = weight_types(source.quantize((*RULES[mode], layer.rule(precision))))
     assert after[name] == types
     assert {key for key in before if before[key] != after[key]} == {name}
+
+
+@pytest.mark.parametrize("block", ["block_0", "block_1"])
+@pytest.mark.parametrize("product", ["probabilities", "values"])
+def test_one_product_of_an_attention_in_float(source, tmp_path, block, product):
+    """What lays out its operands follows, all else stays in integers that XNNPACK takes."""
+    (layer,) = (of for of in source.layers("int8_mixed") if of.name == f"{block}/{product}")
+    path = tmp_path / "model.tflite"
+    path.write_bytes(source.quantize((*RULES["int8_mixed"], layer.rule("dynamic_int8"))))
+    assert export.describe_graph(path).partitions == 1
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    graph = model.subgraphs[0]
+    types = {"probabilities": set(), "values": set()}
+    for operator in graph.operators:
+        output = graph.tensors[operator.outputs[0]]
+        name = output.name.decode()
+        kind = operation_name(model, operator)
+        if name.startswith(f"{block}/") and kind in (
+            "BATCH_MATMUL",
+            "RESHAPE",
+            "TRANSPOSE",
+            "SPLIT",
+        ):
+            types["values" if "/values/" in name else "probabilities"].add(output.type)
+            if output.type == INT8:
+                assert list(output.quantization.zeroPoint) == [0]
+    assert types.pop(product) == {FLOAT}
+    assert list(types.values()) == [{INT8}]
 
 
 def labels_of(content, images):
