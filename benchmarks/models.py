@@ -36,15 +36,20 @@ def multiplications(size, side=SIDE, patch=PATCH, whole=False):
     return patches * 3 * patch**2 * d + (depth - 1) * block + last + CLASSES * d
 
 
-def ours(variant, kind):
+def ours(variant, kind, mixed=False):
+    """With `mixed` trained in bfloat16, without XLA, which would compute in float32 on a CPU."""
+    import keras
+
     import keras_vit
     from keras_vit.training import DistributedModel
 
+    if mixed:
+        keras.config.set_dtype_policy("mixed_bfloat16")
     size = keras_vit.ViTConfig(*SIZES[variant], PATCH)
     vit = keras_vit.skip_unread_tokens(keras_vit.build_vit(size, num_classes=CLASSES))
     if kind == "forward":
         return keras_forward(vit, xla=True)
-    return keras_training(DistributedModel(vit.input, vit.output))
+    return keras_training(DistributedModel(vit.input, vit.output), jit_compile=not mixed)
 
 
 def ours_on_jax(size, kind, side=SIDE):
@@ -101,9 +106,12 @@ def ours_on_jax(size, kind, side=SIDE):
     return make, model.count_params()
 
 
-def keras_hub(variant, kind, xla):
+def keras_hub(variant, kind, xla, mixed=False):
+    import keras
     from keras_hub.models import ViTBackbone, ViTImageClassifier
 
+    if mixed:
+        keras.config.set_dtype_policy("mixed_bfloat16")
     hidden_dim, depth, num_heads, mlp_dim = SIZES[variant]
     backbone = ViTBackbone(
         image_shape=(SIDE, SIDE, 3),
@@ -231,13 +239,13 @@ def repeated(tensors):
     return tf.data.Dataset.from_tensors(tensors).repeat().with_options(options)
 
 
-def timm(variant, kind, compiled):
+def timm(variant, kind, compiled, mixed=False):
     import timm
 
     hidden_dim, depth, num_heads, _ = SIZES[variant]
     sizes = {"embed_dim": hidden_dim, "depth": depth, "num_heads": num_heads}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **sizes)
-    return torch_contender(model, kind, compiled)
+    return torch_contender(model, kind, compiled, mixed)
 
 
 def vit_pytorch(variant, kind, compiled):
@@ -257,10 +265,11 @@ def vit_pytorch(variant, kind, compiled):
     return torch_contender(model, kind, compiled)
 
 
-def torch_contender(model, kind, compiled):
+def torch_contender(model, kind, compiled, mixed=False):
     import torch
 
     forward = torch.compile(model, dynamic=False) if compiled else model
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
 
     def make_forward(batch):
         images = torch.from_numpy(data(batch)[0].transpose(0, 3, 1, 2).copy())  # (B, C, H, W)
@@ -269,7 +278,8 @@ def torch_contender(model, kind, compiled):
         def run(calls):
             with torch.inference_mode():
                 for _ in range(calls):
-                    forward(images)
+                    with precision:
+                        forward(images)
 
         return run
 
@@ -283,7 +293,9 @@ def torch_contender(model, kind, compiled):
         def run(calls):
             for _ in range(calls):
                 optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(forward(images), labels).backward()
+                with precision:
+                    loss = torch.nn.functional.cross_entropy(forward(images), labels)
+                loss.backward()
                 optimizer.step()
 
         return run

@@ -19,8 +19,14 @@ cross-entropy, backward pass and AdamW's update. Each contender runs as its user
 - vit-keras: its own `build_model`, `predict` and `fit`;
 - timm and vit-pytorch: PyTorch as it comes, and "compiled": `torch.compile`. vit-pytorch has no
   bias in qkv, and two norms more about the patch projection.
+
+`training in bfloat16` is the same in mixed precision, for CPUs that multiply bfloat16 themselves
+(others leave it out): Keras' policy `mixed_bfloat16`, ours without XLA (`keras-vit train
+--precision mixed_bfloat16 --no-xla`), PyTorch's autocast, and ours in float32 as in `training`.
 """
 
+import dataclasses
+import pathlib
 import statistics
 
 import models
@@ -39,16 +45,20 @@ from harness import (
 OURS, PRODUCTS = "keras-vit", "its products alone"
 # As many as 24 GB hold together when they are large; of timm the compiled mode alone.
 FEW = (OURS, PRODUCTS, "KerasHub", "KerasHub, XLA", "timm, compiled")
+MIXED = (OURS, "KerasHub", "KerasHub, XLA", "timm, compiled")
+BFLOAT16 = " in bfloat16"  # ends the kind of a group
 GROUPS = (  # variant, kind, batches, rounds, contenders or None for all
     ("Ti/16", "forward", (1, 8, 32), 4, None),
     ("Ti/16", "training", (8,), 4, None),
     ("Ti/16", "training", (32,), 4, FEW),
+    ("Ti/16", f"training{BFLOAT16}", (32,), 4, MIXED),
     ("S/16", "forward", (1, 32), 3, FEW),
     ("S/16", "training", (8,), 3, FEW),
 )
 QUICK = (
     ("two blocks of Ti/16", "forward", (1,), 2, None),
     ("two blocks of Ti/16", "training", (1,), 2, FEW),
+    ("two blocks of Ti/16", f"training{BFLOAT16}", (1,), 2, MIXED),
 )
 SAME = (OURS, "KerasHub", "vit-keras", "timm")
 CLAIMED = (
@@ -100,6 +110,21 @@ def contenders(variant, kind):
             models.vit_pytorch, "vit-pytorch", "torch", "vit-pytorch", compiled=True
         ),
     }
+
+
+def in_bfloat16(chosen):
+    """The contenders in mixed precision, and ours in float32 with them."""
+    mixed = {
+        name: dataclasses.replace(contender, options={**contender.options, "mixed": True})
+        for name, contender in chosen.items()
+    }
+    return {**mixed, f"{OURS}, float32": chosen[OURS]}
+
+
+def multiplies_bfloat16(cpuinfo=pathlib.Path("/proc/cpuinfo")):
+    """Whether the CPU says that it does."""
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else ()
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def same_model(entries):
@@ -279,9 +304,15 @@ def main():
     groups = []
     for variant, kind, batches, rounds, few in QUICK if quick else GROUPS:
         print(f"{variant}, {kind}", flush=True)
-        chosen = contenders(variant, kind)
+        chosen = contenders(variant, kind.removesuffix(BFLOAT16))
+        chosen = {name: chosen[name] for name in few or chosen}
+        if kind.endswith(BFLOAT16):
+            if not multiplies_bfloat16():
+                print("left out: this CPU has no instructions for it", flush=True)
+                continue
+            chosen = in_bfloat16(chosen)
         cases = compare(
-            {name: chosen[name] for name in few or chosen},
+            chosen,
             batches,
             rounds=rounds,
             turn=0.1 if quick else 0.5,

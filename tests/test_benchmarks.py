@@ -262,6 +262,29 @@ def test_results_round_trip(tmp_path, monkeypatch, capsys):
     assert "A quick run: no figures to go by." in capsys.readouterr().out
 
 
+def test_a_group_in_bfloat16_computes_in_it(tmp_path):
+    import inspect
+
+    import speed
+
+    groups = [(kind, few) for _, kind, _, _, few in (*speed.GROUPS, *speed.QUICK)]
+    groups = [few for kind, few in groups if kind.endswith(speed.BFLOAT16)]
+    assert len(groups) == 2
+    for few in groups:
+        chosen = speed.contenders("Ti/16", "training")
+        chosen = speed.in_bfloat16({name: chosen[name] for name in few})
+        in_float32 = chosen.pop(f"{speed.OURS}, float32")
+        assert in_float32 == speed.contenders("Ti/16", "training")[speed.OURS]
+        for contender in chosen.values():
+            assert contender.options["mixed"] is True
+            inspect.signature(contender.build).bind(**contender.options)  # each takes it
+    cpuinfo = tmp_path / "cpuinfo"
+    for flags, expected in (("fma avx512_bf16 sha", True), ("amx_bf16", True), ("avx512f", False)):
+        cpuinfo.write_text(f"model name\t: A CPU\nflags\t: {flags}\n")
+        assert speed.multiplies_bfloat16(cpuinfo) is expected
+    assert not speed.multiplies_bfloat16(tmp_path / "none")
+
+
 def test_table_of_a_missing_contender():
     import speed
 
