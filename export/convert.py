@@ -65,7 +65,14 @@ def quantize(content, job, say):
         count = len(source.layers(mode))
         ratios = sensitivity(source, mode, held_out, _counter(say, "measuring layers", count))
         content, fallback = quantize_within(
-            source, mode, held_out, labels, job["max_drop"], ratios, _counter(say, "trying", None)
+            source,
+            mode,
+            held_out,
+            labels,
+            job["max_drop"],
+            job["min_agreement"],
+            ratios,
+            _counter(say, "trying", None),
         )
         report = {"sensitivity": ratios, "fallback": fallback}
     if job["io_dtype"] != "float32":

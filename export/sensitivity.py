@@ -53,12 +53,14 @@ def signal_to_noise(expected, outputs):
     return float("inf") if noise == 0 else float(10 * np.log10(signal / noise))
 
 
-def quantize_within(source, mode, images, labels, max_drop, ratios, advance=lambda: None):
+def quantize_within(
+    source, mode, images, labels, max_drop, min_agreement, ratios, advance=lambda: None
+):
     """Quantizes a file, with as few layers as need be at a higher precision.
 
-    They are the worst ones by `ratios`: the least number, found by bisection, with which the
-    accuracy holds. If all of them at the first precision of `FALLBACKS` do not suffice, some get
-    the next, too.
+    They are the worst ones by `ratios`: the least number, found by bisection, with which accuracy
+    and agreement hold. If all of them at the first precision of `FALLBACKS` do not suffice, some
+    get the next, too.
 
     Args:
         source: a `FloatFile`.
@@ -66,6 +68,8 @@ def quantize_within(source, mode, images, labels, max_drop, ratios, advance=lamb
         images: array (N, H, W, C) that neither trained nor calibrated the model.
         labels: int array `(N,)`.
         max_drop: how many percent of the images may be lost, in [0, 100].
+        min_agreement: for how large a share of the images, in [0, 1], the file has to name the
+            class that the float file names.
         ratios: what `sensitivity` returned.
         advance: called after every file that was tried.
 
@@ -76,17 +80,20 @@ def quantize_within(source, mode, images, labels, max_drop, ratios, advance=lamb
     Raises:
         AccuracyLost: if no number of layers suffices.
     """
-    accuracy = _accuracy(source.content, images, labels)
+    expected = run(source.content, images).argmax(axis=-1)
     worst = sorted(source.layers(mode), key=lambda layer: ratios[layer.name])
-    drops = []
+    drops, agreements = [], []
 
     def attempt(precisions):
         changed = (layer for layer in worst if layer.name in precisions)
         rules = RULES[mode] + tuple(layer.rule(precisions[layer.name]) for layer in changed)
         content = source.quantize(rules)
-        drops.append(accuracy - _accuracy(content, images, labels))
+        classes = run(content, images).argmax(axis=-1)
+        drops.append(100 * (np.mean(expected == labels) - np.mean(classes == labels)))
+        agreements.append(np.mean(classes == expected))
         advance()
-        return content if drops[-1] <= max_drop + 1e-9 else None
+        holds = drops[-1] <= max_drop + 1e-9 and agreements[-1] >= min_agreement
+        return content if holds else None
 
     precisions = {}
     best = attempt(precisions)
@@ -108,8 +115,10 @@ def quantize_within(source, mode, images, labels, max_drop, ratios, advance=lamb
     if best is None:
         raise AccuracyLost(
             f"Mode {mode!r} cannot keep the accuracy, with no layer of those it can leave at a "
-            f"higher precision. Expected: a drop of at most max_drop={max_drop} points. Received: "
-            f"{min(drops):.2f} at the least, on {len(images)} images."
+            f"higher precision. Expected: a drop of at most max_drop={max_drop} points, and the "
+            f"float32 file's class for {min_agreement:.2%} of the images. Received: "
+            f"{min(drops):.2f} points at the least and {max(agreements):.2%} at the most, of "
+            f"{len(images)} images."
         )
     return best, precisions
 
@@ -125,8 +134,3 @@ def run(content, images):
         interpreter.invoke()
         logits.append(interpreter.get_tensor(output["index"])[0])
     return np.stack(logits)
-
-
-def _accuracy(content, images, labels):
-    """Top-1 accuracy in percent."""
-    return 100 * float(np.mean(run(content, images).argmax(axis=-1) == labels))

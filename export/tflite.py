@@ -28,6 +28,7 @@ from .saved_model import (
     takes_pixels,
     write_endpoints,
 )
+from .verification import LIMITS
 
 CPU_MODES = ("fp32", "fp16", "dynamic_int8", "int8_mixed", "int4")
 NPU_MODES = ("int8_full", "a16w8")  # slow on a CPU
@@ -48,6 +49,7 @@ def export_tflite(
     io_dtype="float32",
     held_out=None,
     max_drop=None,
+    min_agreement=None,
     overwrite=False,
 ):
     """Exports a Keras classifier as a `.tflite` file for LiteRT.
@@ -93,6 +95,8 @@ def export_tflite(
         max_drop: how many percent of the held-out images a quantized file may get wrong more than
             the float32 one. Where a mode loses more, the layers that cost most get a higher
             precision, as few as hold it; the report says what each layer costs, and which did.
+        min_agreement: for how large a share of the held-out images, in [0, 1], the file must also
+            name the float32 file's class; with `max_drop`. None: what `LIMITS` has for the mode.
         overwrite: whether an existing file may be replaced.
 
     Returns:
@@ -105,7 +109,8 @@ def export_tflite(
             model has several inputs or outputs or sizes that are not static, the number of
             `labels` is not the number of classes, the calibration images are missing, of another
             shape or not finite, `io_dtype` does not go with the mode, `held_out` is missing or
-            does not fit the model, or no choice of layers holds `max_drop`.
+            does not fit the model, `min_agreement` is not in [0, 1], or no choice of layers holds
+            it and `max_drop`.
         RuntimeError: if the conversion fails.
         OSError: if the disk is full, say. What was at `path` is still there, whatever fails.
     """
@@ -122,9 +127,14 @@ def export_tflite(
         raise ValueError(f"`path` must end in `.tflite`. Received: path='{path}'.")
     check_target(path, overwrite, pathlib.Path.is_file, "a file")
     job = {"mode": mode, "activation": activation, "io_dtype": io_dtype, "max_drop": max_drop}
+    job["min_agreement"] = LIMITS[mode].agreement if min_agreement is None else min_agreement
     _check_io_dtype(io_dtype, mode)
     arrays = {"images": _calibration_images(calibration, mode, model.inputs[0].shape[1:])}
     arrays |= _held_out(held_out, max_drop, mode, model)
+    if not 0 <= job["min_agreement"] <= 1:
+        raise ValueError(
+            f"`min_agreement` must be in [0, 1]. Received: min_agreement={min_agreement}."
+        )
     with full_float32():
         deployment = _for_mode(deploy(as_float32(model)), mode, arrays["images"])
     with replacing(path) as output:

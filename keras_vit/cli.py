@@ -481,7 +481,7 @@ def export(
         float | None,
         typer.Option(
             help="Points of accuracy (%) that quantizing may cost on the validation images: the "
-            "layers that cost most get a higher precision until it holds.",
+            "layers that cost most get a higher precision until it holds, and the agreement.",
             min=0,
             max=100,
         ),
@@ -533,6 +533,7 @@ def export(
             io_dtype=io_dtype,
             held_out=chosen_by,
             max_drop=max_drop,
+            min_agreement=min_agreement,
         )
         files = {name: report.path for name, report in reports.items()}
         result = verify(model, files, held_out, labels, limits=limits, exports=reports)

@@ -176,7 +176,7 @@ def test_no_fallback_where_the_accuracy_holds(source):
     images = random_images(20, seed=3)
     labels = labels_of(source.content, images)
     ratios = {layer.name: 30.0 for layer in source.layers("dynamic_int8")}
-    content, fallback = quantize_within(source, "dynamic_int8", images, labels, 100, ratios)
+    content, fallback = quantize_within(source, "dynamic_int8", images, labels, 100, 0, ratios)
     assert fallback == {}
     assert content == source.quantize(RULES["dynamic_int8"])
 
@@ -190,7 +190,7 @@ def test_fallback_takes_the_worst_layers_and_no_more(source):
     ratios = sensitivity.sensitivity(source, "int4", images)
     tries = []
     content, fallback = quantize_within(
-        source, "int4", images, labels, whole / 2, ratios, lambda: tries.append(1)
+        source, "int4", images, labels, whole / 2, 0, ratios, lambda: tries.append(1)
     )
     assert drop(source, content, images) <= whole / 2
     worst = sorted(ratios, key=ratios.get)
@@ -203,12 +203,28 @@ def test_fallback_takes_the_worst_layers_and_no_more(source):
     assert drop(source, source.quantize((*RULES["int4"], *one_less)), images) > whole / 2
 
 
+def test_fallback_until_the_file_agrees(source):
+    """Images whose label the float file misses cannot be lost; they count for the agreement."""
+    images = random_images(150, seed=3)
+    classes = labels_of(source.content, images)
+    wrong = (classes + 1) % 7
+    ratios = sensitivity.sensitivity(source, "int4", images)
+    _, none = quantize_within(source, "int4", images, wrong, 0, 0, ratios)
+    assert none == {}
+    half_way = 1 - drop(source, source.quantize(RULES["int4"]), images) / 200
+    content, fallback = quantize_within(source, "int4", images, wrong, 0, half_way, ratios)
+    assert np.mean(labels_of(content, images) == classes) >= half_way
+    worst = sorted(ratios, key=ratios.get)
+    assert 0 < len(fallback) < len(worst)
+    assert set(fallback) == set(worst[: len(fallback)])
+
+
 def test_what_the_first_precision_does_not_hold_gets_the_next(source):
     """Nothing may be lost: neither with 4 nor with 8 bits everywhere."""
     images = random_images(150, seed=3)
     labels = labels_of(source.content, images)
     ratios = sensitivity.sensitivity(source, "int4", images)
-    content, fallback = quantize_within(source, "int4", images, labels, 0, ratios)
+    content, fallback = quantize_within(source, "int4", images, labels, 0, 0, ratios)
     assert drop(source, content, images) == 0
     assert set(fallback) == set(ratios)
     assert set(fallback.values()) == {"dynamic_int8", "float32"}
@@ -221,8 +237,11 @@ def test_accuracy_that_cannot_be_kept(source, monkeypatch):
     images = random_images(150, seed=3)
     labels = labels_of(source.content, images)
     ratios = dict.fromkeys((layer.name for layer in source.layers("int4")), 30.0)
-    with pytest.raises(AccuracyLost, match=r"'int4' cannot keep.*max_drop=0 points.*150 images"):
-        quantize_within(source, "int4", images, labels, 0, ratios)
+    message = r"'int4' cannot keep.*max_drop=0 points.* for 97.00% of the images.*150 images"
+    with pytest.raises(AccuracyLost, match=message):
+        quantize_within(source, "int4", images, labels, 0, 0.97, ratios)
+    with pytest.raises(AccuracyLost, match=r"max_drop=100 points.* 100.00% of the images"):
+        quantize_within(source, "int4", images, labels, 100, 1, ratios)
 
 
 # The whole way
@@ -239,6 +258,7 @@ def test_export_holds_the_drop_and_says_how(model, content, tmp_path):
         calibration=random_images(16),
         held_out=(images, labels),
         max_drop=1.5,
+        min_agreement=0,
     )
     assert list(report.sensitivity) == DENSE
     assert 0 < len(report.fallback) < len(DENSE)
@@ -287,6 +307,7 @@ HELD_OUT = (random_images(5), np.arange(5))
         ({"max_drop": 1}, ValueError, r"go together. Received: held_out=None, max_drop=1"),
         ({"held_out": HELD_OUT}, ValueError, "held_out=images, max_drop=None"),
         ({"held_out": HELD_OUT, "max_drop": -1}, ValueError, r"in \[0, 100\] %.*max_drop=-1"),
+        ({"min_agreement": 1.5}, ValueError, r"in \[0, 1\]. Received: min_agreement=1.5"),
         (
             {"held_out": (HELD_OUT[0][:, :8], np.arange(5)), "max_drop": 1},
             ValueError,
