@@ -73,17 +73,18 @@ def output_ranges(vit, images):
     return {name: Range(lows[name], highs[name], means[name]) for name in lows}
 
 
-def equalize(vit, images):
+def equalize(vit, images, rounded_probabilities=False):
     """Centres and equalises the attention, and rescales the residual stream and the features.
 
     Args:
         vit: a `DeployModel`.
         images: array (N, H, W, C), as `vit` takes them.
+        rounded_probabilities: as in `center_attention`.
 
     Returns:
         A `DeployModel` that computes the same.
     """
-    vit = center_attention(vit, output_ranges(vit, images))
+    vit = center_attention(vit, output_ranges(vit, images), rounded_probabilities)
     ranges = output_ranges(vit, images)
     vit = equalize_attention(vit, ranges)
     sizes = [ranges[name].size for name in _writers(vit)]
@@ -117,24 +118,26 @@ def _writers(vit):
     return [f"block_{i}/{name}" for i in range(len(vit.blocks)) for name in ("proj", "fc2")]
 
 
-def center_attention(vit, ranges):
+def center_attention(vit, ranges, rounded_probabilities=False):
     """Centres keys and values: softmax takes no notice of a constant that all keys have.
 
     softmax(q (k + a)^T) (v + b) = softmax(q k^T) v + b; b is taken off the projection's bias.
 
-    Keys are centred to the middle of their range, which makes it smallest, values to the mean of
-    all tokens: a probability that many tokens have is so small that it rounds to 0 in 8 bits, and
-    what these tokens would have added is near to a multiple of that mean.
+    They are centred to the middle of their range, which makes it smallest.
 
     Args:
         vit: a `DeployModel`.
         ranges: of `output_ranges`.
+        rounded_probabilities: whether the probabilities get 8 bits, in which those that are shared
+            by many tokens round to 0. What these would have added is near to a multiple of the
+            mean value: to it, then, the values are centred.
     """
     blocks = []
     for i, block in enumerate(vit.blocks):
         qkv = ranges[f"block_{i}/qkv"]
-        _, k, _ = np.split(qkv.middle, 3)
-        _, _, v = np.split(qkv.mean, 3)
+        _, k, v = np.split(qkv.middle, 3)
+        if rounded_probabilities:
+            _, _, v = np.split(qkv.mean, 3)
         if block.key_norm is not None:  # keys that a norm is taken of count as they are
             k = np.zeros_like(k)
         center = np.concatenate([np.zeros_like(k), k, v])  # and so do queries

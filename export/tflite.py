@@ -35,6 +35,7 @@ NPU_MODES = ("int8_full", "a16w8")  # slow on a CPU
 MODES = CPU_MODES + NPU_MODES
 _CALIBRATED_MODES = ("int8_mixed", "int4", *NPU_MODES)  # they cannot do without images
 _QUANTIZED_MODES = ("dynamic_int8", *_CALIBRATED_MODES)
+_8_BIT_PROBABILITIES = ("int8_mixed", "int8_full")
 _EQUALIZED_MODES = ("dynamic_int8", "int8_mixed", *NPU_MODES)
 
 
@@ -131,7 +132,7 @@ def export_tflite(
     _check_io_dtype(io_dtype, mode)
     arrays = {"images": _calibration_images(calibration, mode, model.inputs[0].shape[1:])}
     arrays |= _held_out(held_out, max_drop, mode, model)
-    if not 0 <= job["min_agreement"] <= 1:
+    if max_drop is not None and not 0 <= job["min_agreement"] <= 1:
         raise ValueError(
             f"`min_agreement` must be in [0, 1]. Received: min_agreement={min_agreement}."
         )
@@ -237,7 +238,9 @@ def _for_mode(deployment, mode, images):
     if mode in _EQUALIZED_MODES and images is not None:
         inputs = np.asarray(deployment.vit_inputs(images))
         vit = dataclasses.replace(deployment.vit, float_norms=mode not in NPU_MODES)
-        return dataclasses.replace(deployment, vit=equalize(vit, inputs))
+        return dataclasses.replace(
+            deployment, vit=equalize(vit, inputs, mode in _8_BIT_PROBABILITIES)
+        )
     return deployment
 
 

@@ -126,7 +126,8 @@ def test_output_ranges_are_those_of_every_token_and_image():
     np.testing.assert_allclose(measured.mean, y.mean(axis=0), rtol=1e-4, atol=1e-5)
 
 
-def test_equalize_makes_the_channels_alike():
+@pytest.mark.parametrize("rounded_probabilities", [False, True])
+def test_equalize_makes_the_channels_alike(rounded_probabilities):
     model, images = build(), random_images(4)
     # Two channels that tower above the others, as in trained models, and keys far from 0.
     for name in ("block_0", "block_1", "block_2"):
@@ -137,15 +138,17 @@ def test_equalize_makes_the_channels_alike():
         bias.assign(bias + np.repeat([0.0, 30.0, 7.0], 48))
     vit = fold(model)
     before = output_ranges(vit, images)
-    equal = equalize(vit, images)
+    equal = equalize(vit, images, rounded_probabilities)
     after = output_ranges(equal, images)
     assert_alike(outputs_of(equal, images), model.predict(images, verbose=0), 1e-4)
     for i in range(3):
         q, k, v = np.split(after[f"block_{i}/qkv"].size, 3)
         np.testing.assert_allclose(q, k, rtol=1e-3)
         np.testing.assert_allclose(v, max(q.max(), k.max()), rtol=1e-3)
-        np.testing.assert_allclose(after[f"block_{i}/qkv"].middle[48:96] / v.max(), 0, atol=1e-3)
-        np.testing.assert_allclose(after[f"block_{i}/qkv"].mean[96:] / v.max(), 0, atol=1e-3)
+        qkv = after[f"block_{i}/qkv"]
+        centered = qkv.mean if rounded_probabilities else qkv.middle
+        np.testing.assert_allclose(qkv.middle[48:96] / v.max(), 0, atol=1e-3)
+        np.testing.assert_allclose(centered[96:] / v.max(), 0, atol=1e-3)
         for name in ("proj", "fc2"):
             spread = [
                 ranges[f"block_{i}/{name}"].size.max() / np.median(ranges[f"block_{i}/{name}"].size)

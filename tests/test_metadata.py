@@ -48,8 +48,11 @@ def photographs():
 
 @pytest.fixture(scope="module")
 def classifier():
-    """A small ViT, trained for seconds on the first digits: it is sure of most."""
-    keras.utils.set_random_seed(0)
+    """A small ViT, trained for seconds on the first digits: it is sure of most, and of photographs.
+
+    Of the latter by chance, which is this seed.
+    """
+    keras.utils.set_random_seed(1)
     config = keras_vit.ViTConfig(hidden_dim=48, depth=2, num_heads=3, mlp_dim=80, patch_size=4)
     model = keras_vit.build_vit(
         config, image_size=IMAGE_SIZE, num_classes=CLASSES, normalization="imagenet", pooling="gap"
@@ -89,14 +92,23 @@ def files(plain, tmp_path_factory):
     return {mode: folder / f"{mode}.tflite" for mode in plain}
 
 
+MARGIN = 0.25
+
+
+def margins(probabilities):
+    """By how much the likeliest class leads `(N,)`."""
+    best = np.sort(probabilities, axis=1)
+    return best[:, -1] - best[:, -2]
+
+
 def unseen_digits(model, count):
     """Digits that the model was not trained on and is sure of, and their labels.
 
     Rounding to 8 bits may change the class where the two best ones are all but equally likely.
     """
     images, labels = (array[1500:] for array in digits())
-    best = np.sort(model.predict(images.astype("float32"), verbose=0), axis=1)
-    sure = np.flatnonzero(best[:, -1] - best[:, -2] > 0.25)[:count]
+    probabilities = model.predict(images.astype("float32"), verbose=0)
+    sure = np.flatnonzero(margins(probabilities) > MARGIN)[:count]
     assert len(sure) == count
     return images[sure], labels[sure]
 
@@ -136,6 +148,7 @@ def test_image_classifier_names_the_class_that_keras_names(model, files, mode):
     images = np.concatenate([images, photographs()])
     expected = model.predict(images.astype("float32"), verbose=0)
     assert (expected[:50].argmax(1) == labels).mean() > 0.8
+    assert margins(expected).min() > MARGIN
     results = classify(files[mode], images)
     assert [result[0].index for result in results] == expected.argmax(1).tolist()
     assert [result[0].category_name for result in results] == [

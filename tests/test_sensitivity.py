@@ -307,7 +307,11 @@ HELD_OUT = (random_images(5), np.arange(5))
         ({"max_drop": 1}, ValueError, r"go together. Received: held_out=None, max_drop=1"),
         ({"held_out": HELD_OUT}, ValueError, "held_out=images, max_drop=None"),
         ({"held_out": HELD_OUT, "max_drop": -1}, ValueError, r"in \[0, 100\] %.*max_drop=-1"),
-        ({"min_agreement": 1.5}, ValueError, r"in \[0, 1\]. Received: min_agreement=1.5"),
+        (
+            {"held_out": HELD_OUT, "max_drop": 1, "min_agreement": 1.5},
+            ValueError,
+            r"in \[0, 1\]. Received: min_agreement=1.5",
+        ),
         (
             {"held_out": (HELD_OUT[0][:, :8], np.arange(5)), "max_drop": 1},
             ValueError,
