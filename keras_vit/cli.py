@@ -481,7 +481,7 @@ def export(
         float | None,
         typer.Option(
             help="Points of accuracy (%) that quantizing may cost on the validation images: the "
-            "layers that cost most get a higher precision until it holds, and the agreement.",
+            "layers that cost most get a higher precision until it and the agreement hold.",
             min=0,
             max=100,
         ),
