@@ -37,7 +37,6 @@ def multiplications(size, side=SIDE, patch=PATCH, whole=False):
 
 
 def ours(variant, kind, mixed=False):
-    """With `mixed` trained in bfloat16, without XLA, which would compute in float32 on a CPU."""
     import keras
 
     import keras_vit
@@ -49,7 +48,7 @@ def ours(variant, kind, mixed=False):
     vit = keras_vit.skip_unread_tokens(keras_vit.build_vit(size, num_classes=CLASSES))
     if kind == "forward":
         return keras_forward(vit, xla=True)
-    return keras_training(DistributedModel(vit.input, vit.output), jit_compile=not mixed)
+    return keras_training(DistributedModel(vit.input, vit.output))
 
 
 def ours_on_jax(size, kind, side=SIDE):

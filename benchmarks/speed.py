@@ -21,12 +21,11 @@ cross-entropy, backward pass and AdamW's update. Each contender runs as its user
   bias in qkv, and two norms more about the patch projection.
 
 `training in bfloat16` is the same in mixed precision, for CPUs that multiply bfloat16 themselves
-(others leave it out): Keras' policy `mixed_bfloat16`, ours without XLA (`keras-vit train
---precision mixed_bfloat16 --no-xla`), PyTorch's autocast, and ours in float32 as in `training`.
+(others leave it out): Keras' policy `mixed_bfloat16`, with which ours leaves XLA out (`keras-vit
+train --precision mixed_bfloat16`), PyTorch's autocast, and ours in float32 as in `training`.
 """
 
 import dataclasses
-import pathlib
 import statistics
 
 import models
@@ -119,12 +118,6 @@ def in_bfloat16(chosen):
         for name, contender in chosen.items()
     }
     return {**mixed, f"{OURS}, float32": chosen[OURS]}
-
-
-def multiplies_bfloat16(cpuinfo=pathlib.Path("/proc/cpuinfo")):
-    """Whether the CPU says that it does."""
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else ()
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def same_model(entries):
@@ -307,7 +300,9 @@ def main():
         chosen = contenders(variant, kind.removesuffix(BFLOAT16))
         chosen = {name: chosen[name] for name in few or chosen}
         if kind.endswith(BFLOAT16):
-            if not multiplies_bfloat16():
+            from keras_vit.training.distributed import cpu_multiplies_bfloat16
+
+            if not cpu_multiplies_bfloat16():
                 print("left out: this CPU has no instructions for it", flush=True)
                 continue
             chosen = in_bfloat16(chosen)

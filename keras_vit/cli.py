@@ -141,7 +141,13 @@ def train(
         ),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Dtype policy.")] = Precision.float32,
-    xla: Annotated[bool, typer.Option(help="Compile with XLA.")] = True,
+    xla: Annotated[
+        bool | None,
+        typer.Option(
+            "--xla/--no-xla",
+            help="Compile with XLA (default: yes, but in bfloat16 on a CPU that multiplies it no).",
+        ),
+    ] = None,
     strategy: Annotated[
         StrategyName, typer.Option(help="Devices; auto: all GPUs of all workers.")
     ] = StrategyName.auto,
@@ -207,7 +213,7 @@ def train(
             num_heads=num_heads,
             recipe=recipe,
             precision=precision.value,
-            jit_compile=xla,
+            jit_compile="auto" if xla is None else xla,
             strategy=strategy.value,
             early_stop=early_stop,
             seed=seed,

@@ -15,7 +15,7 @@ import tensorflow as tf
 import keras_vit
 from keras_vit import ViTConfig
 from keras_vit.layers import Dropout
-from keras_vit.training import DistributedModel, Mixing
+from keras_vit.training import DistributedModel, Mixing, distributed
 from keras_vit.training.keras_internals import weight_averages
 
 BATCH = 32
@@ -468,6 +468,33 @@ def test_train_on_batch():
         data = IMAGES[begin : begin + BATCH], LABELS[begin : begin + BATCH]
         np.testing.assert_allclose(model.train_on_batch(*data), expected.train_on_batch(*data))
     np.testing.assert_allclose(model.predict_on_batch(IMAGES), expected.predict_on_batch(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "gpus", "xla"),
+    [
+        ("float32", "fma avx512_bf16", [], True),
+        ("mixed_float16", "fma avx512_bf16", [], True),
+        ("mixed_bfloat16", "fma avx512_bf16 sha", [], False),
+        ("mixed_bfloat16", "amx_bf16", [], False),
+        ("mixed_bfloat16", "avx512f", [], True),
+        ("mixed_bfloat16", None, [], True),
+        ("mixed_bfloat16", "fma avx512_bf16", ["GPU:0"], True),
+    ],
+)
+def test_xla_by_itself(tmp_path, monkeypatch, name, flags, gpus, xla):
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(f"model name\t: A CPU\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(distributed, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(tf.config, "list_logical_devices", {"GPU": gpus}.get)
+    with policy(name):
+        network = build_mlp()
+        model = DistributedModel(network.inputs, network.outputs)
+    model.compile("sgd", "mse")
+    assert model.xla is model.jit_compile is xla
+    model.compile("sgd", "mse", jit_compile=not xla)
+    assert model.xla is not xla
 
 
 # Saving and loading.

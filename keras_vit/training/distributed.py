@@ -1,6 +1,7 @@
 """`DistributedModel`: `model.fit` that gives the same model on one replica and on many."""
 
 import math
+import pathlib
 
 import keras
 import tensorflow as tf
@@ -10,6 +11,7 @@ from keras_vit.training.keras_internals import StrategyModel, creation_strategy,
 
 PHILOX = 1  # TensorFlow's number of the generator, which counts in blocks of four values
 BLOCK = 4
+CPUINFO = pathlib.Path("/proc/cpuinfo")
 
 
 @keras.saving.register_keras_serializable(package="keras_vit")
@@ -73,7 +75,8 @@ class DistributedModel(StrategyModel):
             mixing: `keras_vit.training.Mixing` or None; each part of a batch has to be even.
             seed: Seed of the mixing, an int.
             jit_compile: Whether XLA compiles the step; "auto": yes, on CPUs and under a strategy
-                too, where Keras does not.
+                too, where Keras does not; but not in bfloat16 on a CPU that multiplies it, since
+                XLA would multiply in float32 there.
             run_eagerly: As in Keras.
             **kwargs: As in Keras.
 
@@ -96,7 +99,9 @@ class DistributedModel(StrategyModel):
         self.micro_batches = micro_batches
         self.mixing = mixing
         self.seed = seed
-        self.xla = bool(jit_compile) and not run_eagerly  # "auto" is yes
+        if jit_compile == "auto":
+            jit_compile = _is_faster_with_xla(self)
+        self.xla = bool(jit_compile) and not run_eagerly
         # Under a strategy, a replica's part of the step is compiled here instead of the whole.
         whole_step = self.xla and self.strategy is None
         super().compile(optimizer, loss, jit_compile=whole_step, run_eagerly=run_eagerly, **kwargs)
@@ -229,6 +234,18 @@ class DistributedModel(StrategyModel):
             for gradient, total in zip(seen["gradients"], sums, strict=True)
         ]
         return y_pred, loss, gradients
+
+
+def _is_faster_with_xla(model):
+    in_bfloat16 = any(layer.compute_dtype == "bfloat16" for layer in model.layers)
+    on_gpu = bool(tf.config.list_logical_devices("GPU"))
+    return on_gpu or not (in_bfloat16 and cpu_multiplies_bfloat16())
+
+
+def cpu_multiplies_bfloat16():
+    """Whether the CPU says that it has instructions for it; only Linux and x86 are asked."""
+    flags = CPUINFO.read_text().split() if CPUINFO.exists() else ()
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def _check_optimizer(optimizer, strategy):

@@ -69,7 +69,7 @@ def train(
         recipe: A `Recipe`, a name of `RECIPES`, or None: "finetune_small" with weights, else the
             one that fits the images' size.
         precision: "float32", "mixed_bfloat16" or "mixed_float16".
-        jit_compile: Whether XLA compiles the training step; "auto": yes.
+        jit_compile: Whether XLA compiles the training step; "auto": as in `DistributedModel`.
         strategy: "auto", "one", "mirrored" or "multiworker": the devices to train on; see
             `keras_vit.training.cluster.build_strategy`. With several workers each of them makes
             the same call; the chief alone writes.
