@@ -40,6 +40,16 @@ def merge_heads(x):
     return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, tokens, heads * head_dim))
 
 
+def on_tokens(dense, x):
+    """A dense layer of tokens, `(B, N, D)` -> `(B, N, E)`, as one product of two matrices.
+
+    The gradient of its kernel is then one as well. On JAX, that of a product with three dimensions
+    needs the gradients of the tokens transposed, and the copy takes XLA longer than the product.
+    """
+    y = dense(ops.reshape(x, (-1, x.shape[-1])))
+    return ops.reshape(y, (-1, ops.shape(x)[1], y.shape[-1]))
+
+
 def attention_probabilities(q, k):
     """softmax(q k^T / sqrt(d)), Eq. 6: `(B, h, M, d)` and `(B, h, N, d)` -> `(B, h, M, N)`."""
     q = q * q.shape[-1] ** -0.5
@@ -324,8 +334,8 @@ class PatchEncoder(keras.layers.Layer):
 
     def _project(self, patches):
         if self.use_patch_norm:
-            return self.projection_norm(self.projection(self.patch_norm(patches)))
-        return self.projection(patches)
+            return self.projection_norm(on_tokens(self.projection, self.patch_norm(patches)))
+        return on_tokens(self.projection, patches)
 
     def _prefix_tokens(self):
         """Class and distillation token at their positions, and the registers, `(1, ., D)` each."""
@@ -448,7 +458,8 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         a = self.attention_dropout(attention_probabilities(q, k), training=training)
-        return self.dropout(self.proj(merge_heads(ops.matmul(a, v))), training=training)
+        x = on_tokens(self.proj, merge_heads(ops.matmul(a, v)))
+        return self.dropout(x, training=training)
 
     def probabilities(self, x):
         """A of all tokens, without dropout: x `(B, N, D)` -> `(B, h, N, N)`, float32 at least."""
@@ -459,15 +470,15 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         return attention_probabilities(ops.cast(q, dtype), ops.cast(k, dtype))
 
     def _qkv(self, x):
-        qkv = split_heads(self.qkv(x), 3 * self.num_heads)  # (B, 3 h, N, d)
+        qkv = split_heads(on_tokens(self.qkv, x), 3 * self.num_heads)  # (B, 3 h, N, d)
         return ops.split(qkv, 3, axis=1)  # (B, h, N, d) each
 
     def _few_queries(self, x, queries):
         """q `(B, h, M, d)` of the first tokens, k and v `(B, h, N, d)` of all."""
         kernel = ops.convert_to_tensor(self.qkv.kernel, dtype=self.compute_dtype)
         inner_dim = kernel.shape[-1] // 3
-        q = ops.matmul(x[:, :queries], kernel[:, :inner_dim])
-        kv = ops.matmul(x, kernel[:, inner_dim:])
+        q = on_tokens(lambda x: ops.matmul(x, kernel[:, :inner_dim]), x[:, :queries])
+        kv = on_tokens(lambda x: ops.matmul(x, kernel[:, inner_dim:]), x)
         if self.qkv_bias:
             bias = ops.convert_to_tensor(self.qkv.bias, dtype=self.compute_dtype)
             q, kv = q + bias[:inner_dim], kv + bias[inner_dim:]
@@ -538,8 +549,8 @@ class FeedForward(keras.layers.Layer):
         self.fc2.build((*input_shape[:-1], self.mlp_dim))
 
     def call(self, x, training=None):
-        x = self.dropout(gelu(self.fc1(x), self.gelu), training=training)
-        return self.dropout(self.fc2(x), training=training)
+        x = self.dropout(gelu(on_tokens(self.fc1, x), self.gelu), training=training)
+        return self.dropout(on_tokens(self.fc2, x), training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -819,7 +830,7 @@ class AttentionPooling(keras.layers.Layer):
     def call(self, x):
         # The probe is the same for every image: its query is computed once, with batch size 1.
         q = split_heads(self.query(ops.convert_to_tensor(self.probe)), self.num_heads)
-        kv = split_heads(self.key_value(x), 2 * self.num_heads)  # (B, 2 h, N, d)
+        kv = split_heads(on_tokens(self.key_value, x), 2 * self.num_heads)  # (B, 2 h, N, d)
         k, v = ops.split(kv, 2, axis=1)
         y = self.proj(merge_heads(ops.matmul(attention_probabilities(q, k), v)))  # (B, 1, D)
         y = y + self.feed_forward(self.norm(y))
