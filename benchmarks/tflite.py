@@ -7,6 +7,9 @@ ViT is exported by Keras (`model.export(format="litert")`) and through a SavedMo
 timm's through litert-torch; their int8 files are the dynamic quantization of the same tools. Each
 file is made in a process of its own. Then one inference of each file in turns, at 1 and 2 threads.
 fp16 computes in float32 on an x86.
+
+"Its products alone" are the matrix products of our graph and nothing else, one after the other in
+int8: no file that computes them in int8 can be faster.
 """
 
 import concurrent.futures
@@ -31,7 +34,7 @@ SIZES = {  # hidden_dim, num_heads, mlp_dim, patch_size; 12 blocks; the name in 
     "S/14": (384, 6, 1536, 14, "vit_small_patch14_dinov2"),  # with --make
 }
 MEASURED = ("Ti/16", "S/16")
-OURS = "keras-vit"
+OURS, PRODUCTS = "keras-vit", "products"
 MODES = ("fp32", "fp16", "dynamic_int8", "int8_mixed", "int4")  # those for CPUs
 PEER_MODES = ("fp32", "int8")
 # Ours over the better file of KerasHub's: fp32 with fp32, the others with dynamic int8.
@@ -51,6 +54,60 @@ def ours(variant, mode, path):
     model = randomised(keras_vit.build_vit(variant, image_size=SIDE, num_classes=CLASSES))
     images = np.random.default_rng(0).normal(size=(CALIBRATION_IMAGES, SIDE, SIDE, 3))
     export_tflite(model, path, mode=mode, calibration=images.astype("float32"))
+
+
+def products(variant, mode, path):
+    """The products of the deploy graph, with the layouts between them, all in `mode`."""
+    import tensorflow as tf
+    from litert_quantizer import qtyping, quantizer
+
+    hidden_dim, num_heads, mlp_dim, patch_size, _ = SIZES[variant]
+    rng = np.random.default_rng(0)
+    patches = (1, (SIDE // patch_size) ** 2 + 1, 3 * patch_size**2)  # a class token among them
+
+    def dense(x, units):
+        _, tokens, width = x.shape
+        # Small enough that products of products stay finite without softmax and norms.
+        kernel = rng.normal(0, 0.1 * width**-0.5, (width, units)).astype("float32")
+        return tf.reshape(tf.matmul(tf.reshape(x, (tokens, width)), kernel), (1, tokens, units))
+
+    def heads(x, count):
+        _, tokens, width = x.shape
+        return tf.transpose(tf.reshape(x, (1, tokens, count, width // count)), (0, 2, 1, 3))
+
+    def block(x, is_last):
+        if is_last:
+            q = heads(dense(tf.slice(x, (0, 0, 0), (1, 1, hidden_dim)), hidden_dim), num_heads)
+            k, v = tf.split(heads(dense(x, 2 * hidden_dim), 2 * num_heads), 2, axis=1)
+        else:
+            q, k, v = tf.split(heads(dense(x, 3 * hidden_dim), 3 * num_heads), 3, axis=1)
+        x = tf.transpose(tf.matmul(tf.matmul(q, k, transpose_b=True), v), (0, 2, 1, 3))
+        x = dense(tf.reshape(x, (1, x.shape[1], hidden_dim)), hidden_dim)
+        return dense(dense(x, mlp_dim), hidden_dim)
+
+    @tf.function(input_signature=[tf.TensorSpec(patches, name="patches")])
+    def graph(x):
+        x = dense(x, hidden_dim)
+        for index in range(12):
+            x = block(x, is_last=index == 11)
+        return dense(x, CLASSES)
+
+    converter = tf.lite.TFLiteConverter.from_concrete_functions(
+        [graph.get_concrete_function()], tf.Module()
+    )
+    model = quantizer.Quantizer(converter.convert())
+    config = qtyping.OpQuantizationConfig(
+        activation_tensor_config=qtyping.TensorQuantizationConfig(8, symmetric=True),
+        weight_tensor_config=qtyping.TensorQuantizationConfig(
+            8, granularity=qtyping.QuantGranularity.CHANNELWISE
+        ),
+        compute_precision=qtyping.ComputePrecision.INTEGER,
+        skip_checks=True,  # as in export/quantization.py
+    )
+    model.update_quantization_recipe(".*", qtyping.TFLOperationName.ALL_SUPPORTED, config)
+    images = [{"patches": rng.normal(size=patches).astype("float32")}]
+    ranges = model.calibrate({"serving_default": images})
+    path.write_bytes(model.quantize(ranges, enable_progress_report=False).quantized_model)
 
 
 def keras_hub(variant):
@@ -134,6 +191,7 @@ def installed(packages, python):
 def contenders(modes, peer_modes, everything):
     """(name, mode) -> the Python that makes it; the versions; and why who is missing is."""
     made = {(OURS, mode): python_of(None) for mode in modes}
+    made |= {(PRODUCTS, mode): python_of(None) for mode in peer_modes if mode == "int8"}
     versions, missing = installed(OUR_PACKAGES, python_of(None)), {}
     for name, (_, environment, packages) in PEERS.items():
         try:
@@ -199,7 +257,7 @@ def ratios(rows, key, value):
     against = "fp32" if key[1] in ("fp32", "fp16") else "int8"
     values = {}
     for (name, mode), row in rows.items():
-        if name != OURS and mode == against:
+        if name in PEERS and mode == against:
             values.setdefault(name.split("_")[0], []).append(value(row))
     return {peer: value(rows[key]) / min(others) for peer, others in values.items()}
 
@@ -237,10 +295,11 @@ def table(result):
     peers = [peer for peer in ("KerasHub", "timm") if any(peer in name for name in measured)]
     for variant, measured in result["sizes"].items():
         for name, figures in measured["ratios"].items():
-            if name.startswith(OURS):
-                mode = name.removeprefix(f"{OURS}_")
+            who, mode = name.split("_", 1)
+            if who in (OURS, PRODUCTS):
+                row = f"{variant} {mode}" if who == OURS else f"{variant}, its products alone"
                 cells = [shown(figures[title].get(peer)) for title in SHOWN for peer in peers]
-                ratios.append((f"{variant} {mode}", *cells, goals(mode, figures)))
+                ratios.append((row, *cells, goals(mode, figures)))
         files += [(variant, *file_cells(row)) for row in measured["files"]]
     columns = ["ours"]
     columns += [f"{title} / {peer}" for title in SHOWN for peer in peers]
@@ -302,14 +361,14 @@ def main():
     arguments = arguments.parse_args()
     if arguments.make:
         name, mode, variant, path = arguments.make
-        modes = {OURS: MODES, **dict.fromkeys(PEERS, PEER_MODES)}
+        modes = {OURS: MODES, PRODUCTS: ("int8",), **dict.fromkeys(PEERS, PEER_MODES)}
         if mode not in modes.get(name, ()) or variant not in SIZES:
             raise ValueError(
                 f"`--make` takes one of {modes} and a size of {tuple(SIZES)}. Received: "
                 f"{name} {mode} {variant}."
             )
-        function = ours if name == OURS else PEERS[name][0]
-        return function(variant, mode, pathlib.Path(path))
+        functions = {OURS: ours, PRODUCTS: products} | {who: peer[0] for who, peer in PEERS.items()}
+        return functions[name](variant, mode, pathlib.Path(path))
 
     modes = (("fp32",), ("fp32",)) if arguments.quick else (MODES, PEER_MODES)
     made, versions, missing = contenders(*modes, arguments.all)
