@@ -27,7 +27,7 @@ from harness import cores, described, draw, markdown, parser, save, versions_lin
 CLASSES, SIDE = 1000, 224
 THREADS = (1, 2)
 SHOWN = ("MB", "ms x1", "ms x2")
-CALIBRATION_IMAGES = 32
+CALIBRATION_IMAGES = 8
 SIZES = {  # hidden_dim, num_heads, mlp_dim, patch_size; 12 blocks; the name in timm
     "Ti/16": (192, 3, 768, 16, "vit_tiny_patch16_224"),
     "S/16": (384, 6, 1536, 16, "vit_small_patch16_224"),
