@@ -7,7 +7,7 @@ which lies in memory. `forward` is inference; `training` a step of it: forward p
 cross-entropy, backward pass and AdamW's update. Each contender runs as its users would run it:
 
 - keras-vit: `skip_unread_tokens(vit)`, as `keras-vit train` does; inference by
-  `tf.function(jit_compile=True)` of it, training by `DistributedModel` as it comes, with XLA;
+  `tf.function(jit_compile=True)` of it, training by `DistributedModel` as it comes;
 - keras-vit, JAX: the same model on that backend, a pass or a step in one `jax.jit`;
 - its products alone: the matrix products of our pass or step and nothing else, compiled by XLA;
 - KerasHub: `predict` and `fit` as they come; "XLA": `tf.function(jit_compile=True)`, and `fit` with
@@ -74,6 +74,8 @@ GOALS = (
     ("forward", 1, "KerasHub", "speed", 1.2),
     ("training", 32, "KerasHub", "speed", 1.25),
     ("training", 32, "timm", "speed", 1.0),
+    (f"training{BFLOAT16}", 32, "KerasHub", "speed", 1.25),
+    (f"training{BFLOAT16}", 32, "timm", "speed", 1.0),
     ("training", 32, "KerasHub", "memory", 1.0),
     ("training", 32, "timm", "memory", 1.0),
 )

@@ -145,7 +145,7 @@ def train(
         bool | None,
         typer.Option(
             "--xla/--no-xla",
-            help="Compile with XLA (default: yes, but in bfloat16 on a CPU that multiplies it no).",
+            help="Compile with XLA (default: yes, except in bfloat16 on a CPU that has it).",
         ),
     ] = None,
     strategy: Annotated[

@@ -41,13 +41,14 @@ def merge_heads(x):
 
 
 def on_tokens(dense, x):
-    """A dense layer of tokens, `(B, N, D)` -> `(B, N, E)`, as one product of two matrices.
+    """Applies a function of `(M, D)` -> `(M, E)` to tokens `(B, N, D)` -> `(B, N, E)`.
 
-    The gradient of its kernel is then one as well. On JAX, that of a product with three dimensions
-    needs the gradients of the tokens transposed, and the copy takes XLA longer than the product.
+    A dense layer is one product of two matrices then, as Keras makes it on TensorFlow. On JAX on a
+    CPU, the gradient of its kernel would else need the tokens' gradients transposed, and XLA's copy
+    takes longer than the product.
     """
     y = dense(ops.reshape(x, (-1, x.shape[-1])))
-    return ops.reshape(y, (-1, ops.shape(x)[1], y.shape[-1]))
+    return ops.reshape(y, (-1, *ops.shape(x)[1:-1], y.shape[-1]))
 
 
 def attention_probabilities(q, k):
@@ -477,8 +478,8 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         """q `(B, h, M, d)` of the first tokens, k and v `(B, h, N, d)` of all."""
         kernel = ops.convert_to_tensor(self.qkv.kernel, dtype=self.compute_dtype)
         inner_dim = kernel.shape[-1] // 3
-        q = on_tokens(lambda x: ops.matmul(x, kernel[:, :inner_dim]), x[:, :queries])
-        kv = on_tokens(lambda x: ops.matmul(x, kernel[:, inner_dim:]), x)
+        q = on_tokens(lambda rows: ops.matmul(rows, kernel[:, :inner_dim]), x[:, :queries])
+        kv = on_tokens(lambda rows: ops.matmul(rows, kernel[:, inner_dim:]), x)
         if self.qkv_bias:
             bias = ops.convert_to_tensor(self.qkv.bias, dtype=self.compute_dtype)
             q, kv = q + bias[:inner_dim], kv + bias[inner_dim:]

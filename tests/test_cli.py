@@ -13,7 +13,7 @@ import tensorflow as tf
 from PIL import Image
 from typer.testing import CliRunner
 
-from keras_vit import cli
+from keras_vit import cli, training
 from keras_vit.data import load_data
 
 
@@ -98,7 +98,18 @@ def test_unreadable_files_are_named_or_skipped(tmp_path):
     assert "1 unreadable skipped" in out
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert info["data"]["skipped"] == 1
+    assert info["options"]["jit_compile"] is False
     assert "top-1" in invoke("evaluate", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [([], "auto"), (["--xla"], True), (["--no-xla"], False)]
+)
+def test_xla(monkeypatch, arguments, expected):
+    asked = {}
+    monkeypatch.setattr(training, "train", lambda *_, **options: asked.update(options))
+    invoke("train", "--data", "digits", *arguments)
+    assert asked["jit_compile"] == expected
 
 
 def test_evaluate(digits_run, tmp_path):

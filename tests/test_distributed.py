@@ -493,6 +493,10 @@ def test_xla_by_itself(tmp_path, monkeypatch, name, flags, gpus, xla):
         model = DistributedModel(network.inputs, network.outputs)
     model.compile("sgd", "mse")
     assert model.xla is model.jit_compile is xla
+    nested = DistributedModel(network.inputs, network(network.inputs))
+    nested.compile("sgd", "mse")
+    assert nested.xla is xla
+    assert nested.get_compile_config()["jit_compile"] == "auto"
     model.compile("sgd", "mse", jit_compile=not xla)
     assert model.xla is not xla
 

@@ -28,7 +28,7 @@ class DistributedModel(StrategyModel):
       in the global batch and the optimizer's step, so that they do not depend on the number of
       replicas and micro-batches; other random layers draw by replica;
     - every image of a batch that does not divide into equal parts counts the same;
-    - XLA compiles the step of each replica, and `steps_per_execution` works.
+    - XLA may compile the step of each replica, and `steps_per_execution` works.
 
     Example:
 
@@ -51,6 +51,7 @@ class DistributedModel(StrategyModel):
     mixing = None
     seed = 0
     xla = False
+    jit_asked = False
 
     def compile(
         self,
@@ -74,9 +75,9 @@ class DistributedModel(StrategyModel):
                 batch that they do not divide goes in more and smaller parts.
             mixing: `keras_vit.training.Mixing` or None; each part of a batch has to be even.
             seed: Seed of the mixing, an int.
-            jit_compile: Whether XLA compiles the step; "auto": yes, on CPUs and under a strategy
-                too, where Keras does not; but not in bfloat16 on a CPU that multiplies it, since
-                XLA would multiply in float32 there.
+            jit_compile: Whether XLA compiles the step; "auto": yes, also on CPUs and under a
+                strategy, where Keras does not; no in bfloat16 on a CPU with AVX512-BF16 or
+                AMX-BF16, whose instructions XLA does not use.
             run_eagerly: As in Keras.
             **kwargs: As in Keras.
 
@@ -99,6 +100,7 @@ class DistributedModel(StrategyModel):
         self.micro_batches = micro_batches
         self.mixing = mixing
         self.seed = seed
+        self.jit_asked = jit_compile
         if jit_compile == "auto":
             jit_compile = _is_faster_with_xla(self)
         self.xla = bool(jit_compile) and not run_eagerly
@@ -113,7 +115,7 @@ class DistributedModel(StrategyModel):
     def get_compile_config(self):
         config = super().get_compile_config()
         if config:
-            config["jit_compile"] = self.xla
+            config["jit_compile"] = self.jit_asked
             config["micro_batches"] = self.micro_batches
             config["seed"] = self.seed
             config["mixing"] = keras.saving.serialize_keras_object(self.mixing)
@@ -237,9 +239,8 @@ class DistributedModel(StrategyModel):
 
 
 def _is_faster_with_xla(model):
-    in_bfloat16 = any(layer.compute_dtype == "bfloat16" for layer in model.layers)
     on_gpu = bool(tf.config.list_logical_devices("GPU"))
-    return on_gpu or not (in_bfloat16 and cpu_multiplies_bfloat16())
+    return on_gpu or not (model.computes_in("bfloat16") and cpu_multiplies_bfloat16())
 
 
 def cpu_multiplies_bfloat16():

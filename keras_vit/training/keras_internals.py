@@ -43,6 +43,12 @@ class StrategyModel(keras.Model):
         """The strategy in whose scope the model was made, or None."""
         return self._distribute_strategy
 
+    def computes_in(self, dtype):
+        """Whether any layer does, those within other layers included."""
+        return any(
+            layer.compute_dtype == dtype for layer in self._flatten_layers(include_self=False)
+        )
+
     def update_loss(self, loss, count):
         """Gives the mean loss of `count` examples to the loss that `fit` reports."""
         self._loss_tracker.update_state(unscale_loss_for_distribution(loss), sample_weight=count)

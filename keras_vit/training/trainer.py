@@ -132,6 +132,7 @@ def train(
     arguments = model_arguments(recipe, data.num_classes, backbone)
     with lost_workers(out):
         vit, model = compiled_model(arguments, recipe, data, options, workers, backbone)
+    options["jit_compile"] = model.xla  # what it was, for who resumes on another machine
     del backbone
     info = _describe(data, source, recipe, options, workers, model)
     with new_run_folder(out, overwrite) if workers.is_chief else _no_folder(out) as folder:
@@ -149,7 +150,7 @@ def resume(run, *, strategy="auto"):
     """Continues a run that was interrupted, to the result it would have had.
 
     Everything is as `train` was told, and goes on from the newest whole checkpoint: bit for bit on
-    CPUs with XLA and as many workers, up to rounding with another number of them. The training
+    CPUs with XLA and as many workers, up to rounding without or with another number. The training
     loss and accuracy that are reported of the epoch that was interrupted are those of its rest.
 
     Args:

@@ -30,6 +30,7 @@ def normal(*shape):
 
 # Every argument differs from its default, and every size from every other.
 LAYERS = [
+    (FeedForward(13, name="feed_forward_of_a_grid"), (2, 3, 7, 20), (2, 3, 7, 20)),
     (Patches(3), (2, 6, 9, 5), (2, 6, 45)),
     (
         PatchEncoder(
@@ -104,6 +105,15 @@ def test_layer_takes_a_dtype():
     block = TransformerBlock(2, 12, qk_norm=True, layer_scale=1.0, dtype="float16")
     assert numpy(block(normal(1, 3, 8))).dtype == np.float16
     assert {keras.backend.standardize_dtype(w.dtype) for w in block.weights} == {"float16"}
+
+
+def test_feed_forward_of_any_rank():
+    layer = FeedForward(13)
+    x = normal(2, 3, 7, 20)
+    expected = numpy(layer(x.reshape(1, 42, 20)))
+    for shape in ((2, 3, 7), (42,), (6, 7)):
+        outputs = numpy(layer(x.reshape(*shape, 20)))
+        np.testing.assert_allclose(outputs, expected.reshape(*shape, 20), rtol=1e-5, atol=1e-6)
 
 
 def test_patches_are_in_the_order_of_a_convolution():
