@@ -303,23 +303,30 @@ def torch_contender(model, kind, compiled, mixed=False):
     return make_forward if kind == "forward" else make_training, weights
 
 
-def products(variant, kind):
-    """The matrix products of our pass or step alone, by XLA.
+def matrix_products(size, patch=PATCH, gain=1.0):
+    """The matrix products of our pass alone.
 
-    A ViT without norms, biases, softmax, GELU and residuals, of the same shapes and weights.
+    Args:
+        size: hidden_dim, depth, num_heads, mlp_dim.
+        patch: Pixels of a side.
+        gain: Of the random weights; below 1, the products of products stay finite without norms.
+
+    Returns:
+        A ViT without norms, biases, softmax, GELU and residuals, of the same shapes and weights:
+        a function of patches `(B, N, P*P*C)` -> `(B, classes)`, and its weights.
     """
     import tensorflow as tf
 
     def weight(*shape):
-        return tf.Variable(tf.random.normal(shape, stddev=shape[0] ** -0.5))
+        return tf.Variable(tf.random.normal(shape, stddev=gain * shape[0] ** -0.5))
 
-    width, depth, heads, mlp = SIZES[variant]
-    embedding, head = weight(PATCH * PATCH * 3, width), weight(width, CLASSES)
+    width, depth, heads, mlp = size
+    embedding, head = weight(patch * patch * 3, width), weight(width, CLASSES)
     blocks = [
         (weight(width, 3 * width), weight(width, width), weight(width, mlp), weight(mlp, width))
         for _ in range(depth)
     ]
-    variables = [embedding, head, *(weight for block in blocks for weight in block)]
+    weights = [embedding, head, *(weight for block in blocks for weight in block)]
 
     def split(x, count):
         return tf.transpose(tf.reshape(x, (len(x), -1, count, width // heads)), (0, 2, 1, 3))
@@ -335,7 +342,16 @@ def products(variant, kind):
             x = tf.matmul(tf.matmul(q, k, transpose_b=True), v)
             x = tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (len(patches), -1, width))
             x = x @ proj @ fc1 @ fc2
-        return x[:, 0] @ head
+        return tf.reshape(x, (len(patches), width)) @ head
+
+    return forward, weights
+
+
+def products(variant, kind):
+    """The matrix products of our pass or step alone, by XLA."""
+    import tensorflow as tf
+
+    forward, weights = matrix_products(SIZES[variant])
 
     @tf.function(jit_compile=True)
     def step(patches):
@@ -343,7 +359,7 @@ def products(variant, kind):
             return forward(patches)
         with tf.GradientTape() as tape:
             y = tf.reduce_sum(forward(patches))
-        return tape.gradient(y, variables)
+        return tape.gradient(y, weights)
 
     def make(batch):
         patches = tf.constant(data(batch)[0].reshape(batch, (SIDE // PATCH) ** 2, -1))

@@ -20,6 +20,7 @@ import pathlib
 import subprocess
 import tempfile
 
+import models
 import numpy as np
 from environments import OPTIONAL, Missing, last_line, python_of
 from harness import cores, described, draw, markdown, parser, save, versions_line
@@ -62,38 +63,14 @@ def products(variant, mode, path):
     from litert_quantizer import qtyping, quantizer
 
     hidden_dim, num_heads, mlp_dim, patch_size, _ = SIZES[variant]
-    rng = np.random.default_rng(0)
-    patches = (1, (SIDE // patch_size) ** 2 + 1, 3 * patch_size**2)  # one more for the class token
-
-    def dense(x, units):
-        _, tokens, width = x.shape
-        # Small enough that products of products stay finite without softmax and norms.
-        kernel = rng.normal(0, 0.1 * width**-0.5, (width, units)).astype("float32")
-        return tf.reshape(tf.matmul(tf.reshape(x, (tokens, width)), kernel), (1, tokens, units))
-
-    def heads(x, count):
-        _, tokens, width = x.shape
-        return tf.transpose(tf.reshape(x, (1, tokens, count, width // count)), (0, 2, 1, 3))
-
-    def block(x, is_last):
-        if is_last:
-            q = heads(dense(tf.slice(x, (0, 0, 0), (1, 1, hidden_dim)), hidden_dim), num_heads)
-            k, v = tf.split(heads(dense(x, 2 * hidden_dim), 2 * num_heads), 2, axis=1)
-        else:
-            q, k, v = tf.split(heads(dense(x, 3 * hidden_dim), 3 * num_heads), 3, axis=1)
-        x = tf.transpose(tf.matmul(tf.matmul(q, k, transpose_b=True), v), (0, 2, 1, 3))
-        x = dense(tf.reshape(x, (1, x.shape[1], hidden_dim)), hidden_dim)
-        return dense(dense(x, mlp_dim), hidden_dim)
-
-    @tf.function(input_signature=[tf.TensorSpec(patches, name="patches")])
-    def graph(x):
-        x = dense(x, hidden_dim)
-        for index in range(12):
-            x = block(x, is_last=index == 11)
-        return dense(x, CLASSES)
-
+    size = (hidden_dim, 12, num_heads, mlp_dim)
+    forward, weights = models.matrix_products(size, patch_size, gain=0.1)
+    module = tf.Module()
+    module.weights = weights  # or the converter does not find them
+    patches = (1, (SIDE // patch_size) ** 2, 3 * patch_size**2)
+    graph = tf.function(forward, input_signature=[tf.TensorSpec(patches, name="patches")])
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
-        [graph.get_concrete_function()], tf.Module()
+        [graph.get_concrete_function()], module
     )
     model = quantizer.Quantizer(converter.convert())
     config = qtyping.OpQuantizationConfig(
@@ -105,7 +82,7 @@ def products(variant, mode, path):
         skip_checks=True,  # as in export/quantization.py
     )
     model.update_quantization_recipe(".*", qtyping.TFLOperationName.ALL_SUPPORTED, config)
-    images = [{"patches": rng.normal(size=patches).astype("float32")}]
+    images = [{"patches": np.random.default_rng(0).normal(size=patches).astype("float32")}]
     ranges = model.calibrate({"serving_default": images})
     path.write_bytes(model.quantize(ranges, enable_progress_report=False).quantized_model)
 
@@ -280,7 +257,7 @@ def measure(variant, made, folder, missing, arguments):
     folder.mkdir(parents=True, exist_ok=True)
     paths = make(variant, made, folder, missing)
     print(f"  {variant}: measuring", flush=True)
-    result = benchmark(paths.values(), threads=THREADS, rounds=3 if arguments.quick else 25)
+    result = benchmark(paths.values(), threads=THREADS, rounds=3 if arguments.quick else 60)
     compared = compare(dict(zip(paths, result.rows, strict=True)), THREADS)
     return {
         "files": result.as_dict()["rows"],

@@ -41,11 +41,11 @@ def merge_heads(x):
 
 
 def on_tokens(dense, x):
-    """Applies a function of `(M, D)` -> `(M, E)` to tokens `(B, N, D)` -> `(B, N, E)`.
+    """Applies a function of `(M, D)` -> `(M, E)` to tokens, `(..., D)` -> `(..., E)`.
 
-    A dense layer is one product of two matrices then, as Keras makes it on TensorFlow. On JAX on a
-    CPU, the gradient of its kernel would else need the tokens' gradients transposed, and XLA's copy
-    takes longer than the product.
+    A dense layer is then one product of two matrices, as it is in Keras on TensorFlow. On JAX on a
+    CPU, the gradient of its kernel would otherwise need the tokens' gradients transposed, and XLA's
+    copy takes longer than the product.
     """
     y = dense(ops.reshape(x, (-1, x.shape[-1])))
     return ops.reshape(y, (-1, *ops.shape(x)[1:-1], y.shape[-1]))

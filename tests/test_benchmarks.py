@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -190,6 +191,30 @@ def test_multiplications_are_those_of_the_readme():
     # 2 * 9 of q and output, 2 * 3 * 5 of the MLP, 2 * 2 * 3 of attention; 1 * 3 * 49 * 3; the head.
     last, others = 36 + 18 + 30 + 12, 441 + 3000
     assert models.multiplications((3, 1, 1, 5), side=7, patch=7) == last + others
+
+
+def test_file_of_the_products_multiplies_what_is_counted(tmp_path, monkeypatch):
+    import models
+    import tflite
+    from ai_edge_litert.interpreter import Interpreter
+
+    from keras_vit.export.benchmark import describe_graph
+
+    monkeypatch.setitem(tflite.SIZES, "small", (24, 3, 40, 56, None))  # 16 patches
+    path = tmp_path / "products.tflite"
+    tflite.products("small", "int8", path)
+    interpreter = Interpreter(str(path))
+    details = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
+    counted = 0
+    for operator in interpreter._get_ops_details():
+        if operator["op_name"] in ("FULLY_CONNECTED", "BATCH_MATMUL"):
+            a, b, *_ = (details[index] for index in operator["inputs"] if index >= 0)
+            [output] = (details[index] for index in operator["outputs"])
+            assert a["dtype"] == b["dtype"] == output["dtype"] == np.int8
+            counted += int(np.prod(output["shape"])) * int(a["shape"][-1])
+    assert counted == models.multiplications((24, 12, 3, 40), patch=56)
+    facts = describe_graph(path)
+    assert (facts.partitions, facts.outside) == (1, {})
 
 
 def test_growth_table_sets_measured_beside_theory(tmp_path):

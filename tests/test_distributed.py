@@ -646,6 +646,12 @@ def test_micro_batches_must_be_a_positive_int(micro_batches):
         compiled(DistributedModel, None, OPTIMIZERS["sgd"], micro_batches=micro_batches)
 
 
+@pytest.mark.parametrize("jit_compile", ["Auto", None, 2])
+def test_jit_compile_must_be_one_of_three(jit_compile):
+    with pytest.raises(ValueError, match=rf"True, False or 'auto'.*={jit_compile!r}\."):
+        compiled(DistributedModel, None, OPTIMIZERS["sgd"], jit_compile=jit_compile)
+
+
 @pytest.mark.parametrize("replicas", [None, 2])
 def test_micro_batches_must_divide_the_images(replicas):
     model = compiled(DistributedModel, replicas, OPTIMIZERS["sgd"], micro_batches=3)

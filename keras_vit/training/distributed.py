@@ -82,14 +82,20 @@ class DistributedModel(StrategyModel):
             **kwargs: As in Keras.
 
         Raises:
-            ValueError: `micro_batches` is not a positive int, `keras.distribution` is set, or the
-                optimizer was made outside of the strategy's scope or has
-                `gradient_accumulation_steps` or `ema_overwrite_frequency` under a strategy.
+            ValueError: `micro_batches` is not a positive int, `jit_compile` not a bool or "auto",
+                `keras.distribution` is set, or the optimizer was made outside of the strategy's
+                scope or has `gradient_accumulation_steps` or `ema_overwrite_frequency` under a
+                strategy.
         """
         if not isinstance(micro_batches, int) or micro_batches < 1:
             raise ValueError(
                 "`micro_batches` must be a positive int. "
                 f"Received: micro_batches={micro_batches!r}."
+            )
+        if jit_compile not in (True, False, "auto"):
+            raise ValueError(
+                "`jit_compile` must be True, False or 'auto'. "
+                f"Received: jit_compile={jit_compile!r}."
             )
         if keras.distribution.distribution() is not None:
             raise ValueError(

@@ -30,7 +30,6 @@ def normal(*shape):
 
 # Every argument differs from its default, and every size from every other.
 LAYERS = [
-    (FeedForward(13, name="feed_forward_of_a_grid"), (2, 3, 7, 20), (2, 3, 7, 20)),
     (Patches(3), (2, 6, 9, 5), (2, 6, 45)),
     (
         PatchEncoder(
