@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 import keras_vit
 from keras_vit import ViTConfig
@@ -694,6 +695,31 @@ def test_optimizer_without_what_fails_under_a_strategy(optimizer, message):
     with pytest.raises(ValueError, match=message):
         compiled(DistributedModel, 2, lambda: keras.optimizers.SGD(0.1, **optimizer))
     compiled(DistributedModel, None, lambda: keras.optimizers.SGD(0.1, **optimizer))
+
+
+@pytest.mark.parametrize("replicas", [None, 2])
+def test_passes_over_arrays_end_without_waiting(monkeypatch, replicas):
+    """For the thread that tunes a pipeline, which may sleep for a minute; and train the same."""
+    stock = ArrayDataAdapter.get_tf_dataset.__wrapped__  # without what conftest.py does to it
+    monkeypatch.setattr(ArrayDataAdapter, "get_tf_dataset", stock)
+    expected = train(DistributedModel, None, OPTIMIZERS["sgd"])  # 8 steps of the same batches
+    tuned = []
+    prepare = DistributedModel._maybe_symbolic_build
+
+    def record(model, iterator=None, **arguments):
+        prepare(model, iterator=iterator, **arguments)
+        data = iterator._distributed_dataset
+        data = data if replicas is None else data._original_dataset
+        tuned.append(data.options().autotune.enabled)
+
+    monkeypatch.setattr(DistributedModel, "_maybe_symbolic_build", record)
+    model = compiled(DistributedModel, replicas, OPTIMIZERS["sgd"])
+    few = IMAGES[:12], LABELS[:12]
+    options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+    model.fit(IMAGES, LABELS, epochs=4, validation_data=few, **options)
+    assert tuned == [False] * 5  # once for training, and for each validation
+    for weight, other in zip(model.get_weights(), expected.weights, strict=True):
+        np.testing.assert_allclose(weight, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps_per_execution", [1, 4])

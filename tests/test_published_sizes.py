@@ -1,6 +1,7 @@
 """Files of the published sizes: one piece, builtin operations, rank 4 at most, Keras' numbers.
 
-In CI two blocks of a plain ViT and of a hybrid; `make test-slow` takes all of them whole.
+In CI two blocks of a plain ViT in all modes, and of a hybrid in two; `make test-slow` takes all of
+them whole.
 """
 
 import dataclasses
@@ -17,9 +18,11 @@ from keras_vit.export.benchmark import describe_graph
 from keras_vit.export.tflite import CPU_MODES
 
 CLASSES = 13
-WHOLE = [
-    pytest.param(variant, 12, marks=pytest.mark.slow)
+IN_CI = {"Ti/16": CPU_MODES, "R+Ti/16": ("fp32", "int8_mixed")}
+CASES = [(variant, 2, mode) for variant, modes in IN_CI.items() for mode in modes] + [
+    pytest.param(variant, 12, mode, marks=pytest.mark.slow)
     for variant in ("Ti/16", "S/16", "B/32", "R+Ti/16")
+    for mode in CPU_MODES
 ]
 PRETRAINED = pathlib.Path(
     os.environ.get("KERAS_VIT_PRETRAINED")
@@ -61,8 +64,7 @@ def check(model, mode, path):
         assert difference <= 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("mode", CPU_MODES)
-@pytest.mark.parametrize(("variant", "depth"), [("Ti/16", 2), ("R+Ti/16", 2), *WHOLE])
+@pytest.mark.parametrize(("variant", "depth", "mode"), CASES)
 def test_one_piece_in_every_mode(variant, depth, mode, tmp_path):
     check(random_vit(variant, depth), mode, tmp_path / "model.tflite")
 

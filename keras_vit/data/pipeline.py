@@ -29,6 +29,18 @@ def resize(image, image_size):
     return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
 
+def untuned(dataset):
+    """A `tf.data.Dataset` without the thread that tunes it, so that a pass ends when it ends.
+
+    That thread sleeps for 10, 20, 40, ... ms, a minute at last, and who ends a pass must wait for
+    it. It is told to wake up, but goes to sleep again if it looks before the pass counts as
+    cancelled, as it may in TensorFlow 2.21. Maps with `AUTOTUNE` use all cores without it.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
 def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 1)):
     """The images of a split once, in order.
 
@@ -53,7 +65,7 @@ def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 
     images = _resized(tf.data.Dataset.from_tensor_slices(places), split, image_size)
     if len(places) * _image_bytes(image_size) <= CACHE_BYTES:
         images = images.cache()
-    return _fixed(_one_hot(images.batch(size), num_classes).prefetch(PREFETCHED))
+    return untuned(_one_hot(images.batch(size), num_classes).prefetch(PREFETCHED))
 
 
 def first_images(split, image_size, count):
@@ -175,7 +187,7 @@ def training_batches(
     samples = tf.data.Dataset.range(first_step, stop).map(samples).unbatch()
     images = samples.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     images = images.batch(size, drop_remainder=True)
-    return _fixed(_one_hot(images, num_classes).prefetch(PREFETCHED))
+    return untuned(_one_hot(images, num_classes).prefetch(PREFETCHED))
 
 
 def _part(batch_size, shard):
@@ -199,7 +211,7 @@ def _fits_in_memory(split, image_size):
 def _read(split, image_size, count):
     """The first images of a split, at the model's size, and their labels, as arrays."""
     images, labels = np.empty((count, *image_size, 3), np.uint8), np.empty(count, np.int32)
-    read = _resized(tf.data.Dataset.range(count), split, image_size).as_numpy_iterator()
+    read = untuned(_resized(tf.data.Dataset.range(count), split, image_size)).as_numpy_iterator()
     for index, (image, label) in enumerate(progress(read, "Reading images", count)):
         images[index], labels[index] = image, label
     return images, labels
@@ -213,17 +225,6 @@ def _resized(indices, split, image_size):
         return resize(image, image_size), label
 
     return indices.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-
-
-def _fixed(batches):
-    """The batches, without the thread that tunes a pipeline.
-
-    It wakes up after 10, 20, 40, ... ms, a minute at last, and until then whoever ends a pass has
-    to wait for it: each validation would take up to twice its time. Untuned maps use all cores.
-    """
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return batches.with_options(options)
 
 
 def _image_bytes(image_size):

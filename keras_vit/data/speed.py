@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from keras_vit.data.augmentation import MAX_MAGNITUDE, Augmentation
-from keras_vit.data.pipeline import training_batches
+from keras_vit.data.pipeline import training_batches, untuned
 from keras_vit.data.structures import Split
 
 
@@ -111,10 +111,11 @@ def _keras_rand_augment(batches: tf.data.Dataset, num_ops: int, magnitude: float
     layer = keras.layers.RandAugment(
         value_range=(0, 255), num_ops=num_ops, factor=magnitude / MAX_MAGNITUDE
     )
-    return batches.map(
+    augmented = batches.map(
         lambda images, labels: (layer(images, training=True), labels),
         num_parallel_calls=tf.data.AUTOTUNE,
-    ).prefetch(tf.data.AUTOTUNE)
+    )
+    return untuned(augmented.prefetch(tf.data.AUTOTUNE))
 
 
 def _measure(batches: tf.data.Dataset, batch_size: int, seconds: float) -> float:

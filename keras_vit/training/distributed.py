@@ -134,6 +134,9 @@ class DistributedModel(StrategyModel):
     def fit(self, *args, initial_step=0, **kwargs):
         """As `keras.Model.fit`.
 
+        Each epoch over arrays ends without a wait of up to a minute for a thread of tf.data. For a
+        `tf.data.Dataset`, `keras_vit.data.pipeline.untuned` prevents it.
+
         Args:
             *args: As in Keras.
             initial_step: Steps of the first epoch that lie behind already, in

@@ -30,7 +30,7 @@ from sklearn.preprocessing import StandardScaler
 
 from keras_vit.config import check_positive_int
 from keras_vit.data import load_data
-from keras_vit.data.pipeline import resize
+from keras_vit.data.pipeline import resize, untuned
 from keras_vit.files import replacing, write_json
 from keras_vit.model import vit_arguments
 from keras_vit.training.backbone import load_backbone
@@ -273,7 +273,7 @@ def extract_features(model, split, count, batch_size, report):
         float32 features `(count, D)` and int labels `(count,)`.
     """
     size = model.input_shape[1:3]
-    batches = (
+    batches = untuned(
         split.dataset.take(count)
         .map(
             lambda image, label: (resize(image, size), label),
