@@ -25,8 +25,9 @@ test: lint test-tensorflow test-jax
 test-slow: $(READY)
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m slow
 
-# Two processes, each with whole files, in the order of tests/conftest.py: the longest first.
-IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three processes for two cores, as many tests wait; each takes whole files, in the order of
+# tests/conftest.py: the longest first.
+IN_PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-tensorflow
 test-tensorflow: $(READY)

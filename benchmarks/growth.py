@@ -3,11 +3,11 @@
     python benchmarks/growth.py
 
 A ViT of width 192 with 3 heads, 2 blocks, patches of 16 px, 224 px and 8 images, unless they are
-what grows: its forward pass and training step as in speed.py, and its fp32 and dynamic_int8
-`.tflite` files (batch 1, loaded anew). Beside the exponent p of x^p that fits best stands that of
-theory over the same points: for time, of the multiplications; for memory, of the bytes that must be
-kept. Each point is a process of its own. Memory is what one call takes beyond what the process held
-before it: not the weights of a model in TensorFlow, but those of a file, which each call loads.
+what grows: its forward pass and training step as in speed.py, and its fp32 `.tflite` file (batch
+1, loaded anew). Beside the exponent p of x^p that fits best stands that of theory over the same
+points: for time, of the multiplications; for memory, of the bytes that must be kept. Each series is
+a process of its own. Memory is what one call takes beyond what the process held before it: not the
+weights of a model in TensorFlow, but those of a file, which each call loads.
 
 Micro-batches: a training step of 64 images in k parts, and of 8 k images in k parts.
 """
@@ -35,15 +35,15 @@ PACKAGES = ("keras", "tensorflow", "ai-edge-litert")
 WIDTH, HEADS, MLP = 192, 3, 768
 BASE = {"image": 224, "patch": 16, "batch": 8, "depth": 2, "parts": 1}
 SERIES = {
-    "image": (96, 160, 288, 512),
+    "image": (96, 224, 512),
     "patch": (8, 16, 32),
     "batch": (1, 8, 64),
     "depth": (1, 3, 8),
 }
 QUICK = {"image": (64, 128)}
-PARTS = (1, 2, 4, 8)
+PARTS = (1, 2, 8)
 BATCHES_OF_PARTS = (lambda k: 64, lambda k: 8 * k)
-KINDS = ("forward", "training", "fp32", "dynamic_int8")
+KINDS = ("forward", "training", "fp32")
 IN_TENSORFLOW = KINDS[:2]
 
 
@@ -76,7 +76,7 @@ def kept(case, kind):
         return 4 * (weights + images * ((case["depth"] - 1) * block + last))
     block = max(3 * n * d + HEADS * n**2, n * MLP) if case["depth"] > 1 else 2 * n * d
     pass_ = 4 * case["batch"] * (n * d + block)
-    return pass_ + {"forward": 0, "fp32": 4, "dynamic_int8": 1}[kind] * weights
+    return pass_ + (4 * weights if kind == "fp32" else 0)
 
 
 def build(case):
@@ -91,10 +91,9 @@ def images(case):
     return np.random.default_rng(0).normal(size=shape).astype("float32")
 
 
-def contender(kind, case):
-    """What is measured; `case` is a dictionary as `BASE`."""
-    make = {"forward": forward, "training": training}.get(kind, file)(kind)
-    return lambda _: make(case), None
+def contender(kind):
+    """What is measured; its cases are dictionaries as `BASE`."""
+    return {"forward": forward, "training": training}.get(kind, file)(kind), None
 
 
 def forward(_):
@@ -177,15 +176,12 @@ def file(mode):
 
 
 def measured_series(kind, grows, cases, quick):
-    """Measures the cases, a process for each; returns them with what theory says."""
-    print(f"{kind}, growing {grows}", flush=True)
-    contenders = {
-        f"{grows} {case[grows]}": Contender(contender, None, PACKAGES, {"kind": kind, "case": case})
-        for case in cases
-    }
+    """Measures the cases; returns them with what theory says."""
     # A file gives back what it takes: its process tells both.
     measure = compare_with_memory if kind in IN_TENSORFLOW else compare
-    [measured] = measure(contenders, [None], rounds=2 if quick else 3, turn=0.2)
+    name = f"{kind}, growing {grows}"
+    contenders = {name: Contender(contender, None, PACKAGES, {"kind": kind})}
+    measured = measure(contenders, cases, rounds=2 if quick else 3, turn=0.2)
     return {
         "kind": kind,
         "grows": grows,
@@ -195,9 +191,9 @@ def measured_series(kind, grows, cases, quick):
                 "multiplications": case["batch"]
                 * models.multiplications(size(case), case["image"], case["patch"]),
                 "kept_bytes": kept(case, kind),
-                **entry,
+                **entry["contenders"][name],
             }
-            for case, entry in zip(cases, measured["contenders"].values(), strict=True)
+            for case, entry in zip(cases, measured, strict=True)
         ],
     }
 
@@ -290,7 +286,7 @@ def plot(result, path):
 def main():
     quick = parser(__doc__).parse_args().quick
     series = []
-    for kind in KINDS[:3] if quick else KINDS:
+    for kind in KINDS:
         is_file = kind not in IN_TENSORFLOW
         base = {**BASE, "batch": 1} if is_file or quick else BASE
         for grows, values in (QUICK if quick else SERIES).items():

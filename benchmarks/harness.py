@@ -141,22 +141,24 @@ def compare(contenders, cases, *, rounds=5, turn=1.0, least_calls=1):
 def compare_with_memory(contenders, cases, **options):
     """`compare`, and "call_bytes" from a second process of each contender, under `GIVING_BACK`.
 
-    What gives memory back is slower, so that one process cannot tell both.
+    What gives memory back is slower, so that one process cannot tell both; while one builds and
+    warms up, so does the other.
     """
     frugal = {
-        name: dataclasses.replace(one, variables={**one.variables, **GIVING_BACK})
+        f"{name}, for its memory": dataclasses.replace(
+            one, variables={**one.variables, **GIVING_BACK}
+        )
         for name, one in contenders.items()
     }
-    timed, weighed = compare(contenders, cases, **options), compare(frugal, cases, rounds=1, turn=0)
     return [
         {
             "case": case["case"],
             "contenders": {
-                name: with_memory(entry, other["contenders"][name])
-                for name, entry in case["contenders"].items()
+                name: with_memory(case["contenders"][name], case["contenders"][other])
+                for name, other in zip(contenders, frugal, strict=True)
             },
         }
-        for case, other in zip(timed, weighed, strict=True)
+        for case in compare({**contenders, **frugal}, cases, **options)
     ]
 
 

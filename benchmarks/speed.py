@@ -47,8 +47,8 @@ FEW = (OURS, PRODUCTS, "KerasHub", "KerasHub, XLA", "timm, compiled")
 MIXED = (OURS, "KerasHub", "KerasHub, XLA", "timm, compiled")
 BFLOAT16 = " in bfloat16"  # ends the kind of a group
 GROUPS = (  # variant, kind, batches, rounds, contenders or None for all
-    ("Ti/16", "forward", (1, 8, 32), 4, None),
-    ("Ti/16", "training", (8,), 4, None),
+    ("Ti/16", "forward", (1, 8, 32), 3, None),
+    ("Ti/16", "training", (8,), 3, None),
     ("Ti/16", "training", (32,), 4, FEW),
     ("Ti/16", f"training{BFLOAT16}", (32,), 4, MIXED),
     ("S/16", "forward", (1, 32), 3, FEW),
