@@ -36,12 +36,12 @@ WIDTH, HEADS, MLP = 192, 3, 768
 BASE = {"image": 224, "patch": 16, "batch": 8, "depth": 2, "parts": 1}
 SERIES = {
     "image": (96, 224, 512),
-    "patch": (8, 16, 32),
+    "patch": (32, 16, 8),
     "batch": (1, 8, 64),
     "depth": (1, 3, 8),
 }
 QUICK = {"image": (64, 128)}
-PARTS = (1, 2, 8)
+PARTS = (8, 2, 1)
 BATCHES_OF_PARTS = (lambda k: 64, lambda k: 8 * k)
 KINDS = ("forward", "training", "fp32")
 IN_TENSORFLOW = KINDS[:2]
@@ -117,7 +117,6 @@ def forward(_):
 
 def training(_):
     import keras
-    import tensorflow as tf
 
     import keras_vit
     from keras_vit.training import DistributedModel
@@ -130,11 +129,7 @@ def training(_):
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             micro_batches=case["parts"],
         )
-        options = tf.data.Options()
-        options.autotune.enabled = False
-        labels = np.arange(case["batch"])
-        batches = tf.data.Dataset.from_tensors((images(case), labels)).repeat()
-        batches = batches.with_options(options)
+        batches = models.repeated((images(case), np.arange(case["batch"])))
 
         def run(calls):
             model.fit(batches, steps_per_epoch=calls, shuffle=False, verbose=0)

@@ -46,6 +46,7 @@ class Contender:
         packages: Those whose versions belong to the result.
         options: What JSON can hold.
         variables: Environment variables of the process.
+        timed: Whether it has turns; if not, it starts, warms up and tells its memory alone.
     """
 
     build: object
@@ -53,6 +54,7 @@ class Contender:
     packages: tuple = ()
     options: dict = dataclasses.field(default_factory=dict)
     variables: dict = dataclasses.field(default_factory=dict)
+    timed: bool = True
 
 
 class Process:
@@ -141,12 +143,12 @@ def compare(contenders, cases, *, rounds=5, turn=1.0, least_calls=1):
 def compare_with_memory(contenders, cases, **options):
     """`compare`, and "call_bytes" from a second process of each contender, under `GIVING_BACK`.
 
-    What gives memory back is slower, so that one process cannot tell both; while one builds and
-    warms up, so does the other.
+    What gives memory back is slower, so that one process cannot tell both. The two start and warm
+    up at the same time; the first alone is timed.
     """
     frugal = {
         f"{name}, for its memory": dataclasses.replace(
-            one, variables={**one.variables, **GIVING_BACK}
+            one, variables={**one.variables, **GIVING_BACK}, timed=False
         )
         for name, one in contenders.items()
     }
@@ -177,7 +179,7 @@ def measure(processes, case, rounds, turn, least_calls):
     for round_ in range(rounds):
         print(f", {round_ + 1}", end="", flush=True)
         for name, process in processes.items():
-            if process.missing is None:
+            if process.missing is None and process.contender.timed:
                 calls = max(least_calls, math.ceil(turn / estimates[name]["seconds"]))
                 answer = process.ask(case=case, do="compute", calls=calls)
                 seconds[name].append(answer and answer["seconds"])

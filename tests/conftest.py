@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import gc
 import io
 import os
@@ -41,22 +40,6 @@ def pytest_configure(config):
             tf.config.list_physical_devices("CPU")[0],
             [tf.config.LogicalDeviceConfiguration()] * LOGICAL_CPUS,
         )
-        leave_arrays_untuned()
-
-
-def leave_arrays_untuned():
-    """Has stock models, too, end their passes over arrays without a wait of up to a minute."""
-    from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
-
-    from keras_vit.data.pipeline import untuned
-
-    stock = ArrayDataAdapter.get_tf_dataset
-
-    @functools.wraps(stock)
-    def get_tf_dataset(adapter):
-        return untuned(stock(adapter))
-
-    ArrayDataAdapter.get_tf_dataset = get_tf_dataset
 
 
 def pytest_collection_modifyitems(items):

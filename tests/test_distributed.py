@@ -11,10 +11,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 import keras_vit
 from keras_vit import ViTConfig
+from keras_vit.data.pipeline import untuned
 from keras_vit.layers import Dropout
 from keras_vit.training import DistributedModel, Mixing, distributed
 from keras_vit.training.keras_internals import weight_averages
@@ -48,10 +48,7 @@ def policy(name):
 
 
 def batches(batch=BATCH, images=IMAGES, labels=LABELS):
-    options = tf.data.Options()
-    options.autotune.enabled = False  # its thread lets the end of `fit` wait
-    dataset = tf.data.Dataset.from_tensor_slices((images, labels)).batch(batch)
-    return dataset.with_options(options)
+    return untuned(tf.data.Dataset.from_tensor_slices((images, labels)).batch(batch))
 
 
 def build_small_vit(dropout=0.0):
@@ -697,29 +694,27 @@ def test_optimizer_without_what_fails_under_a_strategy(optimizer, message):
     compiled(DistributedModel, None, lambda: keras.optimizers.SGD(0.1, **optimizer))
 
 
-@pytest.mark.parametrize("replicas", [None, 2])
-def test_passes_over_arrays_end_without_waiting(monkeypatch, replicas):
-    """For the thread that tunes a pipeline, which may sleep for a minute; and train the same."""
-    stock = ArrayDataAdapter.get_tf_dataset.__wrapped__  # without what conftest.py does to it
-    monkeypatch.setattr(ArrayDataAdapter, "get_tf_dataset", stock)
+def test_only_what_keras_makes_of_arrays_is_untuned(monkeypatch):
+    """Once for training and once for all validations; it trains as before."""
     expected = train(DistributedModel, None, OPTIMIZERS["sgd"])  # 8 steps of the same batches
-    tuned = []
+    data = []
     prepare = DistributedModel._maybe_symbolic_build
 
     def record(model, iterator=None, **arguments):
         prepare(model, iterator=iterator, **arguments)
-        data = iterator._distributed_dataset
-        data = data if replicas is None else data._original_dataset
-        tuned.append(data.options().autotune.enabled)
+        data.append(iterator._distributed_dataset)
 
     monkeypatch.setattr(DistributedModel, "_maybe_symbolic_build", record)
-    model = compiled(DistributedModel, replicas, OPTIMIZERS["sgd"])
-    few = IMAGES[:12], LABELS[:12]
+    model = compiled(DistributedModel, None, OPTIMIZERS["sgd"])
     options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
-    model.fit(IMAGES, LABELS, epochs=4, validation_data=few, **options)
-    assert tuned == [False] * 5  # once for training, and for each validation
+    model.fit(IMAGES, LABELS, epochs=4, validation_data=(IMAGES[:12], LABELS[:12]), **options)
     for weight, other in zip(model.get_weights(), expected.weights, strict=True):
         np.testing.assert_allclose(weight, other, atol=1e-5)
+    assert [dataset.options().autotune.enabled for dataset in data] == [False] * 5
+    assert data[1] is data[2] is data[3] is data[4]
+    own = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).batch(BATCH)
+    model.fit(own, verbose=0)
+    assert data[5].options().autotune.enabled is None
 
 
 @pytest.mark.parametrize("steps_per_execution", [1, 4])

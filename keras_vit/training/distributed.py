@@ -134,8 +134,9 @@ class DistributedModel(StrategyModel):
     def fit(self, *args, initial_step=0, **kwargs):
         """As `keras.Model.fit`.
 
-        Each epoch over arrays ends without a wait of up to a minute for a thread of tf.data. For a
-        `tf.data.Dataset`, `keras_vit.data.pipeline.untuned` prevents it.
+        Without a strategy, an epoch over arrays or a generator ends at once, as one of `evaluate`
+        does; in stock Keras it may wait for a thread of tf.data, for up to a minute. To a
+        `tf.data.Dataset` of one's own, `keras_vit.data.pipeline.untuned` does the same.
 
         Args:
             *args: As in Keras.

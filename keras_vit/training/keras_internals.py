@@ -7,7 +7,7 @@ disappeared when one does not.
 import keras
 import tensorflow as tf
 from keras.src.losses.loss import unscale_loss_for_distribution
-from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 
 from keras_vit.data.pipeline import untuned
 
@@ -20,7 +20,7 @@ ATTRIBUTES = {
     ),
     "keras.src.layers.layer.Layer": ("_flatten_layers",),
     "keras.src.backend.tensorflow.trainer.TFEpochIterator": ("_enumerate_iterator",),
-    "keras.src.trainers.data_adapters.array_data_adapter": ("ArrayDataAdapter",),
+    "keras.src.trainers.data_adapters.tf_dataset_adapter": ("TFDatasetAdapter",),
     "keras.src.backend.tensorflow.optimizer.TFOptimizer": ("_all_reduce_sum_gradients",),
     "keras.src.losses.loss": ("unscale_loss_for_distribution",),
 }
@@ -33,12 +33,7 @@ INSTANCE_ATTRIBUTES = {
         "_trainable_variables",
         "_model_variables_moving_average",
     ),
-    "epoch_iterator": (
-        "_distribute_strategy",
-        "_distributed_dataset",
-        "data_adapter",
-        "steps_per_epoch",
-    ),
+    "epoch_iterator": ("_distributed_dataset", "data_adapter", "steps_per_epoch"),
 }
 
 
@@ -77,7 +72,7 @@ class StrategyModel(keras.Model):
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         if iterator is not None:
-            _untune_arrays(iterator)
+            _untune(iterator)
         # Keras averages the batch over the replicas here, which fails where its parts differ in
         # size, and under MultiWorkerMirroredStrategy altogether.
         if self.strategy is not None and iterator is not None:
@@ -188,14 +183,17 @@ def _next_by_replica(stock):
     return next_by_replica
 
 
-def _untune_arrays(epoch_iterator):
-    """Has the passes over arrays end without waiting, see `untuned`; other data are the user's."""
-    has_been = hasattr(epoch_iterator, "is_untuned")  # that of validation is used again
-    if isinstance(epoch_iterator.data_adapter, ArrayDataAdapter) and not has_been:
-        epoch_iterator.is_untuned = True
-        dataset = untuned(epoch_iterator.data_adapter.get_tf_dataset())
-        distribute = epoch_iterator._distribute_strategy.experimental_distribute_dataset
-        epoch_iterator._distributed_dataset = distribute(dataset)
+def _untune(epoch_iterator):
+    """Applies `untuned` to what Keras made of arrays or a generator, without a strategy."""
+    dataset = epoch_iterator._distributed_dataset
+    is_of_keras = not isinstance(epoch_iterator.data_adapter, TFDatasetAdapter)
+    # The iterator of validation comes again in each epoch.
+    if (
+        is_of_keras
+        and isinstance(dataset, tf.data.Dataset)
+        and dataset.options().autotune.enabled is None
+    ):
+        epoch_iterator._distributed_dataset = untuned(dataset)
 
 
 def _skip_steps(epoch_iterator, steps):
