@@ -288,12 +288,12 @@ def main():
             if not (is_file and grows == "batch"):  # a file takes one image
                 cases = [{**base, grows: value} for value in values]
                 series.append(measured_series(kind, grows, cases, quick))
-    parts = PARTS[:2] if quick else PARTS
+    parts = PARTS[1:] if quick else PARTS
     micro_batches = [
         measured_series(
             "training", "parts", [{**BASE, "parts": k, "batch": batch(k)} for k in parts], quick
         )
-        for batch in BATCHES_OF_PARTS[: 1 if quick else 2]
+        for batch in BATCHES_OF_PARTS[1 if quick else 0 :]
     ]
     save("growth", quick, series=series, micro_batches=micro_batches)
 
