@@ -172,8 +172,8 @@ def file(mode):
 
 def measured_series(kind, grows, cases, quick):
     """Measures the cases; returns them with what theory says."""
-    # A file gives back what it takes: its process tells both.
-    measure = compare_with_memory if kind in IN_TENSORFLOW else compare
+    # A file gives back what it takes: its process tells both. A quick run does with less.
+    measure = compare_with_memory if kind in IN_TENSORFLOW and not quick else compare
     name = f"{kind}, growing {grows}"
     contenders = {name: Contender(contender, None, PACKAGES, {"kind": kind})}
     measured = measure(contenders, cases, rounds=2 if quick else 3, turn=0.2)
@@ -289,9 +289,10 @@ def main():
                 cases = [{**base, grows: value} for value in values]
                 series.append(measured_series(kind, grows, cases, quick))
     parts = PARTS[1:] if quick else PARTS
+    base = {**BASE, "image": 64} if quick else BASE
     micro_batches = [
         measured_series(
-            "training", "parts", [{**BASE, "parts": k, "batch": batch(k)} for k in parts], quick
+            "training", "parts", [{**base, "parts": k, "batch": batch(k)} for k in parts], quick
         )
         for batch in BATCHES_OF_PARTS[1 if quick else 0 :]
     ]

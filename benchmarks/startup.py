@@ -35,11 +35,11 @@ def table(result):
 def main():
     quick = parser(__doc__).parse_args().quick
     seconds = {name: [] for name in COMMANDS}
-    for round_ in range(2 if quick else 8):
+    for round_ in range(1 if quick else 8):
         for name, command in COMMANDS.items():
             start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
-            if round_:  # the first warms the file cache
+            if round_ or quick:  # the first warms the file cache
                 seconds[name].append(time.perf_counter() - start)
     save("startup", quick, seconds=seconds)
 
