@@ -77,7 +77,7 @@ def quantize(content, job, say):
         report = {"sensitivity": ratios, "fallback": fallback}
     if job["io_dtype"] != "float32":
         content = with_integer_io(
-            content, job["io_dtype"], calibration.image_range, job["activation"] == "softmax"
+            content, job["io_dtype"], calibration, job["activation"] == "softmax"
         )
     return content, report
 

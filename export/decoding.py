@@ -5,7 +5,7 @@ import tensorflow as tf
 from keras_vit.data.jpeg import decode_jpeg
 
 _JPEG, _PNG, _EXIF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"Exif\0\0"
-_ORIENTATION_TAG = 0x0112
+_ORIENTATION_TAG, _LONG = 0x0112, 4  # a tag and a type
 _FLIPPED_LEFT_RIGHT, _FLIPPED_UPSIDE_DOWN = (2, 3, 6, 7), (3, 4, 7, 8)  # EXIF orientations
 _QUARTER_TURN = 5  # and above: rows and columns change places
 
@@ -21,6 +21,7 @@ def decode_image(data):
       One without Adobe's marker is taken as it is, not as inverted.
     - An orientation that stands in XMP alone is not seen. Pillow misses a transparent level of
       gray of 2 or 4 bits, which is white here.
+    - Of a 16-bit colour PNG with one transparent colour, values may differ.
     - Other formats are refused: of GIF and BMP, TensorFlow reads transparency and palettes
       otherwise, and animated WebP files crash its process (2.21).
 
@@ -114,7 +115,13 @@ def _orientation(content, block):
     count = _number(content, directory, 2, little_endian)
     entries = directory + 2 + 12 * tf.range(tf.where(valid, count, 0))
     tags = _number(content, entries, 2, little_endian)
-    values = _number(content, entries + 8, 2, little_endian)  # after tag, type and count
+    # After tag, type and count: 4 bytes, or 2 and what fills them.
+    is_long = _number(content, entries + 2, 2, little_endian) == _LONG
+    values = tf.where(
+        is_long,
+        _number(content, entries + 8, 4, little_endian),
+        _number(content, entries + 8, 2, little_endian),
+    )
     orientation = tf.reduce_sum(tf.where(tags == _ORIENTATION_TAG, values, 0))
     return tf.where((orientation >= 1) & (orientation <= 8), orientation, 1)
 
@@ -122,7 +129,8 @@ def _orientation(content, block):
 def _exif_in_jpeg(content):
     """Where the EXIF block of a JPEG begins, or a place past its end.
 
-    Source: JPEG (ITU T.81), B.1.1.4: a marker, then the length of all but the marker.
+    Source: JPEG (ITU T.81), B.1.1.4: a marker, then the length of all but the marker; and B.1.1.2:
+    any number of bytes 0xFF may stand before a marker.
     """
 
     def is_exif(place):
@@ -132,7 +140,8 @@ def _exif_in_jpeg(content):
     def after(place):
         marker, length = _number(content, place, 2), _number(content, place + 2, 2)
         # The coded image, which begins with no marker, ends the metadata.
-        return tf.where(marker > 0xFF00, place + 2 + length, tf.size(content, tf.int64))
+        end = tf.where(marker > 0xFF00, place + 2 + length, tf.size(content, tf.int64))
+        return tf.where(marker == 0xFFFF, place + 1, end)
 
     return _find(content, 2, is_exif, after) + 4 + len(_EXIF)
 

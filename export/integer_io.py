@@ -1,15 +1,18 @@
 """Integers in and out of a `.tflite` file that computes with integers alone."""
 
+import copy
+
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from .calibration import operation_name
 from .flatbuffer import pack
 
 _LEVELS = 256
 _TYPES = {"int8": (schema.TensorType.INT8, -128), "uint8": (schema.TensorType.UINT8, 0)}
 
 
-def with_integer_io(content, dtype, images, is_probability):
+def with_integer_io(content, dtype, calibration, is_probability):
     """Changes the float32 images and output of a file to 8-bit integers.
 
     value = scale * (integer - zero point). A file that takes pixels gets them as they are: as
@@ -17,9 +20,9 @@ def with_integer_io(content, dtype, images, is_probability):
 
     Args:
         content: bytes of a quantized file, whose first operation quantizes the images and whose
-            last one dequantizes the output.
+            last one dequantizes the output, or computes in float.
         dtype: "int8" or "uint8".
-        images: (smallest, largest) value of an image.
+        calibration: the `Calibration` of its float file.
         is_probability: whether the output is in [0, 1]; else it keeps the range that it has.
 
     Returns:
@@ -28,20 +31,28 @@ def with_integer_io(content, dtype, images, is_probability):
     model = schema.ModelT.InitFromPackedBuf(content)
     graph = model.subgraphs[0]
     (image,), (output,) = graph.inputs, graph.outputs
-    (dequantize,) = (op for op in graph.operators if output in op.outputs)
-    low, high = images
+    (last,) = (op for op in graph.operators if output in op.outputs)
+    is_integer = operation_name(model, last) == "DEQUANTIZE"
+    low, high = calibration.image_range
     _set_type(graph.tensors[image], dtype, (high - low) / (_LEVELS - 1), low)
-    inside = graph.tensors[dequantize.inputs[0]].quantization
     if is_probability:
         scale, low = 1 / _LEVELS, 0.0
-    else:  # from 16 bits around 0
-        scale = float(inside.scale[0]) * _LEVELS
+    elif is_integer:  # from 16 bits around 0
+        scale = float(graph.tensors[last.inputs[0]].quantization.scale[0]) * _LEVELS
         low = -scale * _LEVELS / 2
-    dequantize.opcodeIndex = _quantize_code(model)
-    dequantize.builtinOptionsType, dequantize.builtinOptions = 0, None
+    else:
+        name = graph.tensors[output].name.decode()
+        low, high = (float(limit.item()) for limit in calibration.ranges[name])
+        scale = (high - low) / (_LEVELS - 1)
+    if is_integer:
+        last.opcodeIndex = _quantize_code(model)
+        last.builtinOptionsType, last.builtinOptions = 0, None
+    else:
+        last = _append_quantize(model, graph, last)
     _set_type(graph.tensors[output], "int8", scale, low)
     if dtype == "uint8":  # no kernel goes there from int16 at once
-        _append_uint8(model, graph, dequantize, scale, low)
+        last = _append_quantize(model, graph, last)
+        _set_type(graph.tensors[output], "uint8", scale, low)
     return pack(model, content)
 
 
@@ -62,18 +73,17 @@ def _quantize_code(model):
     )
 
 
-def _append_uint8(model, graph, last, scale, low):
-    """Has the output go through int8 to uint8."""
+def _append_quantize(model, graph, last):
+    """Puts a QUANTIZE between the last operation and the output, and returns it."""
     (output,) = graph.outputs
-    between = schema.TensorT(name=b"output_int8", shape=graph.tensors[output].shape, buffer=0)
-    _set_type(between, "int8", scale, low)
-    _set_type(graph.tensors[output], "uint8", scale, low)
+    between = copy.copy(graph.tensors[output])
+    between.name = f"output_{len(graph.tensors)}".encode()
     graph.tensors.append(between)
     last.outputs = np.array([len(graph.tensors) - 1], "int32")
-    graph.operators.append(
-        schema.OperatorT(
-            opcodeIndex=last.opcodeIndex,
-            inputs=np.array(last.outputs),
-            outputs=np.array([output], "int32"),
-        )
+    quantize = schema.OperatorT(
+        opcodeIndex=_quantize_code(model),
+        inputs=np.array(last.outputs),
+        outputs=np.array([output], "int32"),
     )
+    graph.operators.append(quantize)
+    return quantize

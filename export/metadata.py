@@ -98,7 +98,7 @@ def add_metadata(content, *, name, description, labels=None, mean=0.0, std=1.0, 
         min_parser_version="1.0.0",
     )
     _attach(model, metadata)
-    return _with_labels(pack(model, content), labels)
+    return with_labels(pack(model, content), labels)
 
 
 def _input_and_output(model):
@@ -300,7 +300,7 @@ def _attach(model, metadata):
     model.buffers[entries[0].buffer].data = np.frombuffer(builder.Output(), "uint8")
 
 
-def _with_labels(content, labels):
+def with_labels(content, labels):
     """Appends the labels as a zip archive, whose entries are found from the end of the file."""
     if not labels:
         return bytes(content)

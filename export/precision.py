@@ -10,7 +10,7 @@ _FLOAT_POLICIES = frozenset({"DTypePolicy", "FloatDTypePolicy"})
 
 
 def as_float32(model):
-    """Returns the model in float32: itself, or a copy if its dtype policy is another one.
+    """Returns the model in float32: on its own layers, or copies if their dtype is another one.
 
     A copy is needed because a layer's compute dtype is part of it: a mixed-precision model would
     leave casts, and bfloat16 operations that no phone has, in the exported graph.
@@ -19,12 +19,14 @@ def as_float32(model):
         model: functional `keras.Model`.
 
     Returns:
-        A `keras.Model` with the same weights, all of whose layers compute in float32.
+        A `keras.Model` with the same weights, one tensor in and one out, all of whose layers
+        compute in float32.
     """
+    # The same layers without what is no graph of them: Sequential, names of outputs, and the
+    # training state, like which cloning would compile the copy.
+    model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     if all(_is_float32(layer) for layer in model.layers):
         return model
-    # The same layers without the training state: cloning would compile the copy like the model.
-    model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     policy = keras.config.dtype_policy()
     # For layers that a layer creates without handing on its own policy.
     keras.config.set_dtype_policy("float32")

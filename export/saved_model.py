@@ -172,11 +172,12 @@ def normalizes(model):
 def _is_normalization(layer):
     """Whether a layer, or one of a model used as a layer, scales [0, 255] down.
 
-    The scale is 1 / (255 std), and it would be 1 / std, at least 1, for pixels in [0, 1].
+    The scale is 1 / (255 std), of which no std in use makes more than 0.1. For pixels in [0, 1] it
+    would be 1 / std, at least 1; other scales are of something else, such as a temperature.
     """
     if isinstance(layer, keras.Model):
         return any(map(_is_normalization, layer.layers))
-    return isinstance(layer, keras.layers.Rescaling) and bool(np.all(np.less(layer.scale, 1)))
+    return isinstance(layer, keras.layers.Rescaling) and bool(np.all(np.less(layer.scale, 0.1)))
 
 
 def _heads(model):

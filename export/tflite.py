@@ -17,7 +17,7 @@ from keras_vit.files import replacing
 from .benchmark import progress_bar
 from .deployment import deploy
 from .equalization import equalize, fit_float16
-from .metadata import add_metadata
+from .metadata import add_metadata, with_labels
 from .precision import as_float32, full_float32
 from .report import ExportReport, describe_tflite
 from .saved_model import (
@@ -25,7 +25,6 @@ from .saved_model import (
     check_model,
     check_target,
     normalizes,
-    takes_pixels,
     write_endpoints,
 )
 from .verification import LIMITS
@@ -75,8 +74,8 @@ def export_tflite(
     written anew for it (see `graph.py`): one piece for a delegate, at most rank 4. Other Keras
     models are converted layer by layer; the report's `note` says so.
 
-    A model that normalises RGB pixels in [0, 255] itself also gets the metadata that MediaPipe's
-    ImageClassifier reads; it reports the outputs as scores, so give it `activation="softmax"`.
+    A model that normalises pixels in [0, 255] itself also gets metadata. Of RGB models MediaPipe's
+    ImageClassifier reads it; it reports the outputs as scores, so give it `activation="softmax"`.
 
     Args:
         model: functional `keras.Model`, images (B, H, W, C) -> logits (B, classes), without a
@@ -84,8 +83,9 @@ def export_tflite(
         path: file to write; ends in `.tflite`.
         mode: one of `MODES`.
         calibration: images as the model takes them, an array (N, H, W, C) or a `tf.data.Dataset`
-            of images or batches of images; some 64 of the training set. `dynamic_int8` is nearer to
-            the model with them, `fp32` and `fp16` take no notice; the others need them.
+            of images or batches of images, labels beside them or not; some 64 of the training set.
+            `dynamic_int8` is nearer to the model with them, `fp32` and `fp16` take no notice; the
+            others need them.
         labels: optional sequence of class names, written into the file and the report.
         activation: "softmax" puts one behind the model's logits; None leaves them as they are.
         io_dtype: "float32", or "uint8" or "int8", with the modes for NPUs: type of the images and
@@ -141,7 +141,7 @@ def export_tflite(
     with replacing(path) as output:
         job["normalizes"] = normalizes(model)
         measured = _write(deployment, output, job, arrays)
-        if takes_pixels(model):
+        if job["normalizes"]:
             described = add_metadata(
                 output.read_bytes(),
                 name=model.name,
@@ -149,6 +149,8 @@ def export_tflite(
                 labels=labels,
             )
             output.write_bytes(described)
+        elif labels is not None:
+            output.write_bytes(with_labels(output.read_bytes(), labels))
     fields = {**describe_tflite(path), **measured}
     return ExportReport.create(path, mode=mode, labels=labels, note=deployment.note, **fields)
 
@@ -205,6 +207,8 @@ def _calibration_images(calibration, mode, shape):
             "takes them. Received: calibration=None."
         )
     if isinstance(calibration, tf.data.Dataset):
+        if isinstance(calibration.element_spec, tuple):
+            calibration = calibration.map(lambda images, *_: images)
         batches = [np.asarray(batch) for batch in calibration.as_numpy_iterator()]
         calibration = [
             image for batch in batches for image in (batch if batch.ndim == 4 else [batch])

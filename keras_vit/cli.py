@@ -622,8 +622,8 @@ def export_files(run, model, folder, modes, **options):
 def run_name(data):
     """A folder name for data such as "folder:/photos/flowers": flowers."""
     source, _, rest = data.partition(":")
-    if source == "folder":
-        return pathlib.Path(rest).expanduser().resolve().name or "folder"
+    if source in ("folder", "tfrecord"):
+        return pathlib.Path(rest).expanduser().resolve().name or source
     return (rest or source).replace(":", "-").replace("/", "-")
 
 

@@ -231,6 +231,8 @@ def test_help_keeps_its_brackets():
         ("folder:/a/flowers/", "flowers"),
         ("folder:/a/b/..", "a"),
         ("folder:/", "folder"),
+        ("tfrecord:/a/flowers/", "flowers"),
+        ("tfrecord:/", "tfrecord"),
         ("tfds:cats_vs_dogs", "cats_vs_dogs"),
         ("tfds:pets:2.0/x", "pets-2.0-x"),
     ],

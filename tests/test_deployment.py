@@ -16,6 +16,7 @@ from keras_vit.export.deployment import deploy
 from keras_vit.export.equalization import equalize, fit_float16, output_ranges, rescale
 from keras_vit.export.folding import fold
 from keras_vit.export.graph import forward
+from keras_vit.export.precision import as_float32
 from keras_vit.layers import POOLINGS
 
 SIZE = (24, 40)
@@ -197,10 +198,19 @@ def preprocessed():
     return keras.Model(images, x)
 
 
-@pytest.mark.parametrize("make", [nested, continued, preprocessed])
+def sequential():
+    return keras.Sequential([build(0), keras.layers.Dropout(0.3), keras.layers.Dense(5)])
+
+
+def named_output():
+    vit = build()
+    return keras.Model(vit.input, {"scores": vit.output})
+
+
+@pytest.mark.parametrize("make", [nested, continued, preprocessed, sequential, named_output])
 def test_models_around_a_vit_get_the_deploy_graph(make, tmp_path):
     model = randomise(make(), seed=4)
-    deployment = deploy(model)
+    deployment = deploy(as_float32(model))
     assert deployment.vit is not None
     assert deployment.note is None
     images = random_images(2)
@@ -208,7 +218,8 @@ def test_models_around_a_vit_get_the_deploy_graph(make, tmp_path):
     report = export.export_tflite(model, path, mode="fp32")
     run = Interpreter(str(path)).get_signature_runner()
     result = np.concatenate([run(images=image[None])["logits"] for image in images])
-    assert_alike(result, model.predict(images, verbose=0))
+    [expected] = keras.tree.flatten(model.predict(images, verbose=0))
+    assert_alike(result, expected)
     assert report.note is None
     assert describe_graph(path).partitions == 1
 
@@ -332,9 +343,10 @@ def test_int8_mixed_multiplies_integers(files):
     [
         lambda images: tf.data.Dataset.from_tensor_slices(images),
         lambda images: tf.data.Dataset.from_tensor_slices(images).batch(3),
+        lambda images: tf.data.Dataset.from_tensor_slices((images, range(len(images)))).batch(3),
         lambda images: images.astype("uint8").tolist(),
     ],
-    ids=["images", "batches", "list"],
+    ids=["images", "batches", "with labels", "list"],
 )
 def test_calibration_images_come_in_any_form(make):
     images = random_images(5).round()

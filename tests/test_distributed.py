@@ -419,6 +419,17 @@ def test_stock_draws_the_same_masks_on_all_replicas():
             np.testing.assert_array_equal(mask[:, : BATCH // 2], mask[:, BATCH // 2 :])
 
 
+@pytest.mark.parametrize("weights", ["sample_weight", "class_weight"])
+def test_mixing_goes_with_no_weights(weights):
+    model = compiled(DistributedModel, None, OPTIMIZERS["sgd"], build=build_small_vit)
+    model.compile("sgd", "categorical_crossentropy", mixing=Mixing(0.2), jit_compile=False)
+    values = {"sample_weight": np.ones(8), "class_weight": {0: 1.0, 1: 2.0}}[weights]
+    labels = np.eye(model.output_shape[-1], dtype="float32")[np.arange(8) % 2]
+    images = np.zeros((8, *model.input_shape[1:]), "float32")
+    with pytest.raises(ValueError, match=r"no `sample_weight` and no `class_weight`"):
+        model.fit(images, labels, batch_size=8, verbose=0, **{weights: values})
+
+
 def test_mixing_is_the_same_on_all_replicas():
     options = {"mixing": Mixing(mixup=0.8, cutmix=1.0), "seed": 11}
     expected = train(DistributedModel, None, OPTIMIZERS["sgd"], **options)
@@ -466,6 +477,17 @@ def test_train_on_batch():
         data = IMAGES[begin : begin + BATCH], LABELS[begin : begin + BATCH]
         np.testing.assert_allclose(model.train_on_batch(*data), expected.train_on_batch(*data))
     np.testing.assert_allclose(model.predict_on_batch(IMAGES), expected.predict_on_batch(IMAGES))
+
+
+def test_predict_on_batch_of_replicas():
+    """Each row once, as `evaluate` and `predict` of `keras_vit.training` take them."""
+    with mirrored(2).scope():
+        model = compiled(DistributedModel, None, OPTIMIZERS["sgd"])
+    expected = compiled(keras.Model, None, OPTIMIZERS["sgd"])
+    model.set_weights(expected.get_weights())
+    np.testing.assert_allclose(
+        model.predict_on_batch(IMAGES[:5]), expected.predict_on_batch(IMAGES[:5]), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Files that compute with integers alone, and take and give them."""
 
+import types
+
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
@@ -7,13 +9,16 @@ from ai_edge_litert.interpreter import Interpreter
 
 import keras_vit
 from keras_vit import export
+from keras_vit.export.calibration import calibrate
 from keras_vit.export.integer_io import with_integer_io
 from keras_vit.export.metadata import read_metadata
+from keras_vit.export.quantization import RULES, FloatFile
 from keras_vit.export.sensitivity import signal_to_noise
 from keras_vit.export.verification import verify
 
 SIZE = (24, 40)
 CONFIG = keras_vit.ViTConfig(hidden_dim=64, depth=2, num_heads=4, mlp_dim=96, patch_size=8)
+PIXELS = types.SimpleNamespace(image_range=(0.0, 255.0))  # all that is asked of a calibration
 TYPES = {number: name for name, number in vars(schema.TensorType).items() if name[0] != "_"}
 
 
@@ -54,7 +59,7 @@ def files(model, tmp_path_factory):
                 model, path, mode=mode, activation=activation
             )
             for dtype in ("uint8", "int8"):
-                changed = with_integer_io(path.read_bytes(), dtype, (0.0, 255.0), bool(activation))
+                changed = with_integer_io(path.read_bytes(), dtype, PIXELS, bool(activation))
                 files[mode, dtype, activation] = folder / f"{mode}_{dtype}_{activation}.tflite"
                 files[mode, dtype, activation].write_bytes(changed)
     return files
@@ -160,6 +165,31 @@ def test_integer_ends_give_what_float_ends_give(files, mode, dtype, smallest, ac
     assert result.min() < np.median(result) < result.max()
     top = 255 / 256 if activation else np.inf  # 1 is no level of a probability
     np.testing.assert_allclose(result, expected.clip(max=top), atol=0.51 * level)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize("mode", export.NPU_MODES)
+def test_integer_ends_of_a_head_in_float(model, tmp_path, mode, dtype):
+    """Where `max_drop` left it in float."""
+    path = write(model, tmp_path / "fp32.tflite", mode="fp32")
+    calibration = calibrate(path.read_bytes(), random_images(24)).with_image_range(0.0, 255.0)
+    source = FloatFile(path.read_bytes(), calibration)
+    head = source.layers(mode)[-1]
+    assert head.name == "head"
+    content = source.quantize((*RULES[mode], head.rule("float32")))
+    path.write_bytes(content)
+    images = random_images(24)
+    expected, _, _ = run(path, images)
+    path.write_bytes(with_integer_io(content, dtype, calibration, False))
+    smallest = {"uint8": 0, "int8": -128}[dtype]
+    integers, image, (scale, zero_point) = run(path, images + smallest)
+    assert image == (1.0, smallest)
+    result = scale * (integers.astype("float64") - zero_point)
+    assert integers.dtype == dtype
+    assert np.ptp(result) > 100 * scale
+    low, high = result.min(), smallest + 255  # what is outside of the calibrated range is cut
+    high = scale * (high - zero_point)
+    np.testing.assert_allclose(result, expected.clip(low, high), atol=0.51 * scale)
 
 
 @pytest.mark.parametrize("mode", export.NPU_MODES)

@@ -75,7 +75,7 @@ def plain(classifier, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     options = {"calibration": digits()[0][:64], "activation": "softmax"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export.tflite, "takes_pixels", lambda model: False)
+        patch.setattr(export.tflite, "add_metadata", lambda content, **_: content)
         for mode in MODES:
             export.export_tflite(classifier, folder / f"{mode}.tflite", mode=mode, **options)
     return {mode: (folder / f"{mode}.tflite").read_bytes() for mode in MODES}
@@ -176,6 +176,22 @@ def test_export_writes_the_metadata(classifier, tmp_path):
         "mean": 0.0,
         "std": 1.0,
     }
+
+
+@pytest.mark.parametrize(("channels", "normalization"), [(1, "minus_one_one"), (3, None)])
+def test_labels_of_other_images(tmp_path, channels, normalization):
+    """Gray ones are described, too; of those that come normalised only the labels are."""
+    config = keras_vit.ViTConfig(hidden_dim=48, depth=1, num_heads=3, mlp_dim=80, patch_size=4)
+    options = {"num_classes": CLASSES, "channels": channels, "normalization": normalization}
+    model = keras_vit.build_vit(config, image_size=IMAGE_SIZE, **options)
+    path = tmp_path / "model.tflite"
+    export.export_tflite(model, path, mode="fp32", labels=LABELS)
+    assert zipfile.ZipFile(path).read("labels.txt").decode().splitlines() == list(LABELS)
+    if normalization is None:
+        assert read_metadata(path) is None
+    else:
+        assert read_metadata(path)["labels"] == LABELS
+    Interpreter(str(path)).allocate_tensors()
 
 
 def test_image_classifier_without_labels(model, plain, tmp_path):

@@ -365,6 +365,23 @@ def test_batch_of_unknown_size():
     np.testing.assert_allclose(labels, mix(mixing, 4)[1], rtol=1e-6)
 
 
+def test_an_odd_last_image_of_any_batch_stays_as_it_is():
+    mixing = Mixing(0.2, 1.0)
+    signature = [
+        tf.TensorSpec((None, 10, 14, 3), tf.uint8),
+        tf.TensorSpec((None, 11)),
+        tf.TensorSpec((2,), tf.int32),
+    ]
+    images, labels = tf.function(mixing, input_signature=signature)(
+        IMAGES[:7], LABELS[:7], tf.constant([4, 9])
+    )
+    for received, stock, of_six in zip(
+        (images, labels), (IMAGES, LABELS), mix(mixing, 4, IMAGES[:6], LABELS[:6]), strict=True
+    ):
+        np.testing.assert_allclose(received[:6], of_six, rtol=1e-6)
+        np.testing.assert_allclose(received[6], stock[6], rtol=1e-6)
+
+
 def test_mixing_errors():
     with pytest.raises(ValueError, match=r"even number of images.*\(7, 10, 14, 3\)"):
         mix(Mixing(0.2), 0, IMAGES[:7], LABELS[:7])

@@ -241,6 +241,22 @@ class TestErrors:
             write_split(tmp_path, name, [0])
         self.check(tmp_path, r"begin with a split.* with \['training\.tfrecord'\] beside")
 
+    def test_splits_as_tfds_names_them(self, tmp_path):
+        write_split(tmp_path, "my-flowers-train.tfrecord-00000-of-00001", [0, 1, 0, 1])
+        write_split(tmp_path, "my-flowers-test.tfrecord-00000-of-00001", [1, 0], 10)
+        assert grays(load(tmp_path).test) == [(10, 1), (11, 0)]
+
+    @pytest.mark.parametrize("format", ["PNG", "JPEG"])
+    def test_image_that_cannot_be_read(self, tmp_path, format):
+        first = example(encoded(3, format), 0)
+        cut_off = encoded(3, format)[:-20]
+        write(tmp_path / "train.tfrecord", [first, example(cut_off, 1)])
+        self.check(tmp_path, rf"train\.tfrecord' at offset {len(first) + 16}")
+
+    def test_nothing_is_skipped(self, tmp_path):
+        with pytest.raises(ValueError, match=r"is for folders.*spec='tfrecord:"):
+            load_data(f"tfrecord:{tmp_path}", skip_unreadable=True)
+
     @pytest.mark.parametrize("key", ["image", "label"])
     def test_no_key(self, tmp_path, key):
         write_split(tmp_path, "train.tfrecord", [0] * 5, **{f"{key}_key": "other"})

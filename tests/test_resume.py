@@ -14,6 +14,7 @@ import types
 import keras
 import numpy as np
 import pytest
+import rich.console
 import safetensors.numpy
 from PIL import Image
 from typer.testing import CliRunner
@@ -577,9 +578,17 @@ def test_batch_that_does_not_divide_is_an_error_at_once(tmp_path):
 
 @pytest.mark.parametrize("replicas", [1, 2, 8])
 def test_fewer_images_than_a_batch_are_one_on_any_number_of_devices(replicas):
-    recipe = dataclasses.replace(EVERYTHING, batch_size=2048)
-    assert _fit_batch(recipe, 1257, replicas).batch_size == 1024
-    assert _fit_batch(recipe, 2048, replicas).batch_size == 2048
+    recipe, console = dataclasses.replace(EVERYTHING, batch_size=2048), rich.console.Console()
+    fitting = _fit_batch(recipe, 1257, console)
+    assert fitting.batch_size == 1024
+    _check_batch(fitting, replicas)
+    assert _fit_batch(recipe, 2048, console).batch_size == 2048
+
+
+def test_batch_that_is_lowered_is_said_before_it_does_not_divide(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"multiple of 10: 1 devices with 5 .*batch_size=1024"):
+        train_small(tmp_path / "run", micro_batches=5, batch_size=2560)
+    assert "a batch of 2,560 is more than the" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

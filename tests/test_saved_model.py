@@ -2,6 +2,7 @@
 
 import io
 import logging
+import struct
 import subprocess
 import sys
 
@@ -263,6 +264,23 @@ def test_orientation(orientation, endian):
     np.testing.assert_array_equal(image, decode_image(data, "a"))
 
 
+def test_orientation_of_four_bytes():
+    block = struct.pack(">2sHLHHHLLL", b"MM", 42, 8, 1, 0x0112, 4, 1, 6, 0)
+    data = encode(photograph(48, 33), "JPEG", exif=b"Exif\0\0" + block)
+    image = decoding.decode_image(tf.constant(data))
+    assert image.shape == (48, 33, 3)
+    np.testing.assert_array_equal(image, decode_image(data, "a"))
+
+
+def test_bytes_that_fill_before_the_orientation():
+    data = encode(photograph(48, 33), "JPEG", exif=exif(6, "<"))
+    marker = data.index(b"\xff\xe1")
+    data = data[:marker] + b"\xff\xff" + data[marker:]
+    image = decoding.decode_image(tf.constant(data))
+    assert image.shape == (48, 33, 3)
+    np.testing.assert_array_equal(image, decode_image(data, "a"))
+
+
 @pytest.mark.parametrize(
     "block",
     [b"", b"MM", b"XX\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0", b"MM\0*\xff\xff\xff\xff"],
@@ -404,11 +422,22 @@ def small_classifier(channels=3, scale=None, nested=False, dense=True):
         (lambda: build(channels=1, normalization="minus_one_one"), {"features"}),
         (lambda: small_classifier(), {"features"}),
         (lambda: small_classifier(scale=2), {"features"}),
+        (lambda: small_classifier(scale=0.5), {"features"}),
         (lambda: small_classifier(scale=1 / 255, dense=False), {"serve_bytes"}),
         (lambda: small_classifier(scale=1 / 127.5, nested=True), {"serve_bytes", "features"}),
         (lambda: keras.Sequential([keras.Input(IMAGE_SHAPE), build()]), {"serve_bytes"}),
     ],
-    ids=["normalised", "headless", "gray", "other", "[0, 1]", "no dense", "nested", "wrapped"],
+    ids=[
+        "normalised",
+        "headless",
+        "gray",
+        "other",
+        "[0, 1]",
+        "[-1, 1]",
+        "no dense",
+        "nested",
+        "wrapped",
+    ],
 )
 def test_signatures_of_other_models(tmp_path, make, names):
     assert export_signatures(make(), tmp_path).keys() == names | {"serving_default"}

@@ -94,8 +94,12 @@ def check_image(path: str | os.PathLike) -> ImageFacts:
     Raises:
         ValueError: If the file cannot be read as an image; names the file and the reason.
     """
-    data = _read_bytes(path)
-    with _naming(os.fspath(path)):
+    return check_image_data(_read_bytes(path), os.fspath(path))
+
+
+def check_image_data(data: bytes, name: str) -> ImageFacts:
+    """`check_image` of the content of a file, which errors call `name`."""
+    with _naming(name):
         image = _open(data)
         (width, height), orientation = image.size, _orientation(image)
         plain_jpeg = (

@@ -47,7 +47,7 @@ def untuned(dataset):
     return dataset.with_options(options)
 
 
-def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 1)):
+def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 1), cached=False):
     """The images of a split once, in order.
 
     Args:
@@ -57,6 +57,7 @@ def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 
         num_classes: Length K of the one-hot labels.
         shard: `(i, n)`: the i-th of the n equal parts of every batch. Of the last batch a shard
             has what lies in its part, and no batch where that is nothing.
+        cached: Whether the images, if they are not too large, are kept for the next time.
 
     Returns:
         `tf.data.Dataset` of (uint8 images `(B / n, H, W, 3)`, float32 one-hot labels
@@ -69,7 +70,7 @@ def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 
     places = np.arange(split.count)
     places = places[(places % batch_size >= first) & (places % batch_size < first + size)]
     images = _resized(tf.data.Dataset.from_tensor_slices(places), split, image_size)
-    if len(places) * _image_bytes(image_size) <= CACHE_BYTES:
+    if cached and len(places) * _image_bytes(image_size) <= CACHE_BYTES:
         images = images.cache()
     return untuned(_one_hot(images.batch(size), num_classes).prefetch(PREFETCHED))
 

@@ -17,18 +17,25 @@ def load_data(spec: str, *, skip_unreadable: bool = False) -> ImageData:
     Args:
         spec: "digits" (see `load_digits`), "folder:PATH" (see `load_folder`),
             "tfrecord:PATH" (see `load_tfrecord`) or "tfds:NAME[:CONFIG]" (see `load_tfds`).
-        skip_unreadable: Whether to leave unreadable files of a folder out rather than to fail.
+        skip_unreadable: Whether to leave unreadable files of a folder out rather than to fail;
+            False for other sources.
 
     Returns:
         An `ImageData`.
 
     Raises:
         TypeError: If `spec` is not a string.
-        ValueError: If `spec` has none of the four forms, or the data cannot be used.
+        ValueError: If `spec` has none of the four forms, `skip_unreadable` does not go with it, or
+            the data cannot be used.
     """
     if not isinstance(spec, str):
         raise TypeError(f"`spec` must be a string: {_FORMS}. Received: spec={spec!r}.")
     source, _, rest = spec.partition(":")
+    if skip_unreadable and source in ("digits", "tfrecord", "tfds"):
+        raise ValueError(
+            "`skip_unreadable` is for folders of image files. "
+            f"Received: skip_unreadable=True, spec={spec!r}."
+        )
     if spec == "digits":
         return load_digits()
     if source == "folder" and rest:

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from keras_vit.data.images import decode_image
+from keras_vit.data.images import check_image_data, decode_image
 from keras_vit.data.jpeg import decode_jpeg
 from keras_vit.data.progress import map_threads
 from keras_vit.data.records import Records, scan_records
@@ -27,7 +27,7 @@ from keras_vit.data.structures import (
 )
 
 _FILE = re.compile(r"^[^.].*(\.tfrecords?\b|-\d{5}-of-\d{5}$)")
-_SPLIT = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?:.*?-)?(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
 _IMAGE_KEYS = ("image/encoded", "image", "jpg")
 _LABEL_KEYS = ("image/class/label", "label")
 _TEXT_KEY = "image/class/text"
@@ -44,8 +44,9 @@ def load_tfrecord(path: str | os.PathLike) -> ImageData:
     """Loads a folder of TFRecord files of `tf.train.Example`s with images and labels.
 
     The files are those named `*.tfrecord*` or `*-00000-of-01024`. Their names begin with
-    "train", "validation" (or "valid", "val") or "test"; where none does, all are "train". Splits
-    that are missing are carved out of "train", the last records of each class, at least one:
+    "train", "validation" (or "valid", "val") or "test", or have it behind a hyphen, as those of
+    TFDS, "flowers-train"; where none does, all are "train". Splits that are missing are carved out
+    of "train", the last records of each class, at least one:
 
     - without both others: 10 % for validation and 10 % for test;
     - without validation: 10 % for validation;
@@ -58,8 +59,8 @@ def load_tfrecord(path: str | os.PathLike) -> ImageData:
     `labels.txt`, the last is K. The class names are the lines of `labels.txt` beside the files,
     otherwise `image/class/text` where every class has one, otherwise the numbers.
 
-    Every record is read once here, for its label, so that a damaged one is found now and not in
-    training; images are decoded later.
+    Every record is read once here, and its image decoded, a JPEG at an eighth of its size, so that
+    a damaged one is found now and not in training.
 
     Args:
         path: The folder; `~` stands for the home directory.
@@ -69,7 +70,7 @@ def load_tfrecord(path: str | os.PathLike) -> ImageData:
 
     Raises:
         ValueError: If the folder has no such files, or one is damaged, or records lack an image
-            or a label, or the labels contradict `labels.txt`; says which.
+            that can be read or a label, or the labels contradict `labels.txt`; says which.
 
     Source: the keys of TFDS, of tensorflow/models `research/slim` and tensorflow/tpu
     `tools/datasets/imagenet_to_gcs.py` (both of whose labels begin at 1), and of img2dataset,
@@ -116,7 +117,8 @@ def _list_files(root: Path) -> dict[str, list[str]]:
         roles = dict.fromkeys(names, "train")
     if other := [name for name, role in roles.items() if not role]:
         raise ValueError(
-            "The names of all TFRecord files must begin with a split, or those of none. "
+            "The names of all TFRecord files must begin with a split or have it behind a hyphen, "
+            "or those of none. "
             f"Received: path={str(root)!r} with {other[:3]} beside others."
         )
     if "train" not in roles.values():
@@ -132,7 +134,7 @@ def _list_files(root: Path) -> dict[str, list[str]]:
 
 
 def _role(name: str) -> str:
-    """The split that a file's name begins with, or ""."""
+    """The split that a file's name begins with or has behind a hyphen, or ""."""
     match = _SPLIT.match(name)
     return SPLIT_NAMES[match[1].lower()] if match else ""
 
@@ -170,10 +172,11 @@ def _read_facts(records: Records, keys: Keys) -> list[tuple[int, str]]:
                 f"Every record must have one image, `{keys.image}`, and one label, "
                 f"`{keys.label}`. Received: {records.place(index)} with {names}."
             )
+        check_image_data(features[keys.image].bytes_list.value[0], records.place(index))
         text = features[_TEXT_KEY].bytes_list.value
         return labels[0], text[0].decode() if text else ""
 
-    return map_threads(read, range(len(records.files)), "Reading labels")
+    return map_threads(read, range(len(records.files)), "Checking images")
 
 
 def _number_classes(

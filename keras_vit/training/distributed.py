@@ -73,7 +73,8 @@ class DistributedModel(StrategyModel):
             micro_batches: Parts k >= 1 in which a replica goes through its part of a batch, one
                 after the other, before the one update: less memory for the same result. A last
                 batch that they do not divide goes in more and smaller parts.
-            mixing: `keras_vit.training.Mixing` or None; each part of a batch has to be even.
+            mixing: `keras_vit.training.Mixing` or None; it blends pairs within each replica's part
+                of a batch, and goes with no sample or class weights.
             seed: Seed of the mixing, an int.
             jit_compile: Whether XLA compiles the step; "auto": yes, also on CPUs and under a
                 strategy, where Keras does not; no in bfloat16 on a CPU with AVX512-BF16 or
@@ -182,6 +183,12 @@ class DistributedModel(StrategyModel):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         return self._compiled(self._infer)(x)
 
+    def predict_on_batch(self, x):
+        """As `keras.Model.predict_on_batch`; Keras gives a strategy's rows once per replica."""
+        rows = len(keras.tree.flatten(x)[0])
+        outputs = super().predict_on_batch(x)
+        return keras.tree.map_structure(lambda values: values[:rows], outputs)
+
     def _infer(self, x):
         return self(x, training=False)
 
@@ -194,6 +201,12 @@ class DistributedModel(StrategyModel):
     def _mean_gradients(self, x, y, sample_weight, step, first_row):
         """The labels, outputs, loss and gradients of a replica's part of the batch."""
         if self.mixing is not None:
+            if sample_weight is not None:
+                raise ValueError(
+                    "`mixing` blends images of different weights, so that it goes with no "
+                    "`sample_weight` and no `class_weight`. Received: sample weights of shape "
+                    f"{sample_weight.shape}."
+                )
             x, y = self.mixing(x, y, tf.stack([tf.constant(self.seed, tf.int64), step]))
         if self.micro_batches == 1:
             return y, *self._gradients(x, y, sample_weight, step, first_row)

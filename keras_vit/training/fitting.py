@@ -143,7 +143,9 @@ def _batches(data, recipe, model, seed, workers, first_step):
         )
 
     def validation(shard):
-        return evaluation_batches(data.validation, size, batch_size, data.num_classes, shard=shard)
+        return evaluation_batches(
+            data.validation, size, batch_size, data.num_classes, shard=shard, cached=True
+        )
 
     return (
         workers.distribute(training, batch_size, drop_remainder=True),

@@ -52,7 +52,8 @@ class Mixing:
         """Blends a batch, or an even part of it.
 
         Args:
-            images: `(B, H, W, C)` of any dtype, B even, H and W known.
+            images: `(B, H, W, C)` of any dtype, H and W known. B is even; where the graph does not
+                know it, as of a last batch of any size, an odd last image stays as it is.
             labels: One-hot or soft labels `(B, K)`.
             seed: int32, int64 or uint32 tensor `(2,)`, the same for all parts of a batch.
 
@@ -113,9 +114,11 @@ class Mixing:
 
 
 def _partners(values):
-    """The rows `(B, ...)`, swapped within the pairs (0, 1), (2, 3), ..."""
-    pairs = tf.reshape(values, (-1, 2, *values.shape[1:]))
-    return tf.reshape(tf.reverse(pairs, (1,)), tf.shape(values))
+    """The rows `(B, ...)`, swapped within the pairs (0, 1), (2, 3), ...; not an odd last one."""
+    rows = tf.shape(values)[0]
+    even = values[: rows - rows % 2]
+    pairs = tf.reverse(tf.reshape(even, (-1, 2, *values.shape[1:])), (1,))
+    return tf.concat([tf.reshape(pairs, tf.shape(even)), values[rows - rows % 2 :]], axis=0)
 
 
 def _uniform(count, seed):

@@ -113,13 +113,8 @@ def train(
     console = chief_console(workers)
     data = load_data(data, skip_unreadable=skip_unreadable)
     recipe = resolve_recipe(recipe, data.image_size, overrides, weights)
-    asked = recipe.batch_size
-    recipe = _fit_batch(recipe, data.train.count, workers.replicas)
-    if recipe.batch_size < asked:
-        console.print(
-            f"note: a batch of {asked:,} is more than the {data.train.count:,} training images: "
-            f"took {recipe.batch_size:,}"
-        )
+    recipe = _fit_batch(recipe, data.train.count, console)
+    _check_batch(recipe, workers.replicas)
     options = {
         "precision": precision,
         "jit_compile": jit_compile,
@@ -309,15 +304,21 @@ def _load_weights(weights, num_heads, recipe):
         pooling=recipe.pooling,
         normalization=recipe.normalization,
     )
-    return {"path": str(weights), "sha256": sha256(path), "num_heads": num_heads}, backbone
+    # A file is found again from another folder, too; an address is no file.
+    where = str(weights) if "://" in str(weights) else str(pathlib.Path(path).absolute())
+    return {"path": where, "sha256": sha256(path), "num_heads": num_heads}, backbone
 
 
-def _fit_batch(recipe, images, replicas):
+def _fit_batch(recipe, images, console):
     """The recipe with a batch that there are images for, the same for any number of replicas."""
-    if images < recipe.batch_size:
-        recipe = dataclasses.replace(recipe, batch_size=2 ** int(math.log2(images)))
-    _check_batch(recipe, replicas)
-    return recipe
+    if images >= recipe.batch_size:
+        return recipe
+    fitting = 2 ** int(math.log2(images))
+    console.print(
+        f"note: a batch of {recipe.batch_size:,} is more than the {images:,} training images: took "
+        f"{fitting:,}"
+    )
+    return dataclasses.replace(recipe, batch_size=fitting)
 
 
 def _check_batch(recipe, replicas):

@@ -341,7 +341,16 @@ def _open_npz(path):
     most = sum(member.file_size for member in members)
     for tensor in tensors:
         _check_shape(path, tensor.name, tensor.shape, most)
-    return {tensor.name: tensor for tensor in tensors}, {}
+    return {tensor.name: tensor for tensor in tensors}, _npz_facts(path, archive.comment)
+
+
+def _npz_facts(path, comment):
+    """The facts that `save_checkpoint` put into the comment of an archive."""
+    try:
+        facts = json.loads(comment)["keras_vit"]
+    except (ValueError, LookupError, TypeError):  # somebody else's comment, or none
+        return {}
+    return _checked_facts(path, _checked_object(path, facts))
 
 
 def _check_members(path, members):

@@ -30,9 +30,15 @@ class Description:
 
 def grid_of(arguments):
     """`(rows, columns)` of the patches of a model with these arguments of `build_vit`."""
-    stride = _stride(arguments["variant"])
-    height, width = check_image_size(arguments["image_size"])
-    return height // stride, width // stride
+    return _grid(arguments["variant"], arguments["image_size"])
+
+
+def _grid(config, image_size):
+    stride = _stride(config)
+    sides = check_image_size(image_size)
+    if config.stem_units is None:
+        return tuple(side // stride for side in sides)
+    return tuple(-(-side // stride) for side in sides)  # a stem pads
 
 
 def _stride(config):
@@ -65,9 +71,10 @@ def file_image_size(checkpoint, config, positions, slots, known, asked):
     squares = [(math.isqrt(n) * stride,) * 2 for n in patches if n > 0]
     for size in (known, *squares, asked):
         if size is not None:
-            rows, columns = (side // stride for side in check_image_size(size))
+            rows, columns = _grid(config, size)
             if rows * columns in patches:
-                return rows * stride, columns * stride
+                exact = config.stem_units is not None
+                return check_image_size(size) if exact else (rows * stride, columns * stride)
     raise checkpoint.error(
         f"its {positions} positions are of no square grid of patches: pass the `image_size` "
         f"(height, width) that it was made for. Received: image_size={asked}."

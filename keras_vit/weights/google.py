@@ -13,7 +13,12 @@ import re
 
 from keras_vit.config import ViTConfig
 from keras_vit.weights.checkpoint import MAX_DEPTH, Tensor
-from keras_vit.weights.description import Description, file_image_size, head_count
+from keras_vit.weights.description import (
+    Description,
+    file_image_size,
+    head_count,
+    normalization_of,
+)
 from keras_vit.weights.entries import reshaped, same
 
 NAME = "google"
@@ -121,7 +126,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
     """The `Description` of a canonical checkpoint.
 
     Only the image size of fixed positions is not in the file: 224 pixels, unless it is one of the
-    public files or `image_size` says otherwise.
+    public files, `save_checkpoint` wrote it, or `image_size` says otherwise.
     """
     block = "Transformer/encoderblock_0"
     tensors = checkpoint.tensors
@@ -163,12 +168,18 @@ def describe(checkpoint, num_heads=None, image_size=None):
             "representation_size": (
                 checkpoint.shape("pre_logits/bias")[0] if "pre_logits/bias" in tensors else None
             ),
-            "normalization": checkpoint.config.get("normalization", "minus_one_one"),
+            "normalization": _normalization(checkpoint.config),
             **FIXED,
         },
         interpolation="linear",
         assumed=assumed,
     )
+
+
+def _normalization(facts):
+    """A public file's by name, that of `save_checkpoint` in numbers, or what Google's code does."""
+    known = facts.get("normalization", "minus_one_one")
+    return normalization_of(*known) if isinstance(known, list) else known
 
 
 def _stem_units(checkpoint):

@@ -143,8 +143,8 @@ def describe(checkpoint, num_heads=None, image_size=None):
             "layer_norm_epsilon": facts.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12),
             "normalization": normalization,
         },
-        # As the models with and without registers do.
-        interpolation="antialiased_bicubic" if registers else "bicubic",
+        # As DINOv2 with registers does, and the others do.
+        interpolation="antialiased_bicubic" if registers and dinov2 else "bicubic",
         assumed=assumed,
     )
 

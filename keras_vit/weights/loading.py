@@ -144,7 +144,8 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
         A new model with the other weights as they are, frozen where the model's are.
 
     Raises:
-        ValueError: `model` is not of `build_vit`, or the size does not divide into patches.
+        ValueError: `model` is not of `build_vit`, or has other layers too, or a head with an
+            activation; or the size does not divide into patches.
     """
     arguments = vit_arguments(model)
     new_arguments = {**arguments, "image_size": image_size}
@@ -154,6 +155,7 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
         new = build_vit(**new_arguments)
     finally:
         keras.config.set_dtype_policy(policy)
+    _check_is_all(model, new)
     old_weights = weights_by_path(model)
     for name, weight in weights_by_path(new).items():
         value = keras.ops.convert_to_numpy(old_weights[name].value)
@@ -165,6 +167,27 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
     for name, weight in weights_by_path(new).items():
         weight.trainable = old_weights[name].trainable
     return new
+
+
+def _check_is_all(model, made):
+    """ValueError unless `build_vit`, which `made` the same anew, made all of a model."""
+    known = {layer.name for layer in made.layers}
+    added = [
+        layer.name
+        for layer in model.layers
+        if not isinstance(layer, keras.layers.InputLayer)
+        and (layer.name not in known or _has_activation(layer))
+    ]
+    if added:
+        raise ValueError(
+            "`model` must be as `build_vit` makes it: resize that, and put the rest on it again. "
+            f"Received: a model with layers of its own, {added}."
+        )
+
+
+def _has_activation(layer):
+    is_head = layer.name in ("head", "head_distillation")
+    return is_head and layer.activation is not keras.activations.linear
 
 
 def _open(path):

@@ -1,7 +1,7 @@
 """Models into checkpoints of other code."""
 
 import json
-import warnings
+import zipfile
 
 import keras
 import numpy as np
@@ -16,7 +16,6 @@ from keras_vit.weights.description import grid_of
 from keras_vit.weights.loading import POSITIONS, REGISTERS, weights_by_path
 
 TOKENS = ("patch_encoder/class_token", "patch_encoder/distillation_token")
-MINUS_ONE_ONE = ([0.5], [0.5])
 
 
 def save_checkpoint(model, path, family, *, overwrite=False):
@@ -45,9 +44,6 @@ def save_checkpoint(model, path, family, *, overwrite=False):
     Raises:
         ValueError: The family has no place for one of the model's parts, `path` has another
             suffix than the family's, or exists.
-
-    Warns:
-        UserWarning: A Google checkpoint of a model that does not normalise pixels to [-1, 1].
     """
     writers = {"google": (google, ".npz", _write_npz), "timm": (timm, ".safetensors", _write_timm)}
     if family not in writers:
@@ -57,12 +53,6 @@ def save_checkpoint(model, path, family, *, overwrite=False):
         raise ValueError(f"A {family} checkpoint must end in {suffix}. Received: {path}.")
     check_new(path, overwrite, "pass overwrite=True")
     arguments = vit_arguments(model)
-    if family == "google" and arguments["normalization"] not in (None, MINUS_ONE_ONE):
-        warnings.warn(
-            "A Google checkpoint does not say how pixels are normalised: pass "
-            f"normalization={arguments['normalization']} when it is loaded.",
-            stacklevel=2,
-        )
     arrays = {
         name: keras.ops.convert_to_numpy(weight.value).astype("float32")
         for name, weight in weights_by_path(model).items()
@@ -117,7 +107,11 @@ def _with_positions_of_timm(arrays, arguments):
 
 
 def _write_npz(path, tensors, arguments):
+    """Writes the tensors, and as the comment of the archive what they do not say."""
+    facts = {name: arguments[name] for name in ("image_size", "normalization")}
     np.savez(path, **tensors)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = json.dumps({"keras_vit": facts}).encode()
 
 
 def _write_timm(path, tensors, arguments):

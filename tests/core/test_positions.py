@@ -116,6 +116,16 @@ def test_resize_model_keeps_what_has_no_table():
     np.testing.assert_array_equal(scale, model.get_layer("normalization").scale)
 
 
+@pytest.mark.parametrize("name", ["classifier", "head"])
+def test_resize_model_drops_no_layer(name):
+    config = keras_vit.ViTConfig(hidden_dim=24, depth=1, num_heads=3, mlp_dim=32, patch_size=4)
+    vit = keras_vit.build_vit(config, image_size=8, num_classes=0)
+    head = keras.layers.Dense(7, activation="softmax", name=name)
+    model = keras.Model(vit.input, head(keras.layers.Dropout(0.1, name="own")(vit.output)))
+    with pytest.raises(ValueError, match=rf"layers of its own, \['own', '{name}'\]"):
+        keras_vit.resize_model(model, 16)
+
+
 def test_resize_model_errors():
     model = keras_vit.build_vit(CONFIG, image_size=12, num_classes=7)
     with pytest.raises(ValueError, match=r"divisible by `patch_size`.*image_size=\(10, 10\)"):

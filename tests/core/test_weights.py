@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import zipfile
 
 import keras
 import ml_dtypes
@@ -663,15 +664,14 @@ TANH = {"gelu": "tanh"}
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_our_models_survive(config, arguments, family, tmp_path):
     """What we train, saved and loaded by nothing but the file, gives the same logits."""
-    size = 32 if config is HYBRID or family == "google" else (8, 20)
+    size = (40, 100) if config is HYBRID else (16, 36)  # 4 x 9 patches: no square of 6 x 6
     model = randomise(
         keras_vit.build_vit(config, image_size=size, **{"num_classes": 7, **arguments})
     )
     path = tmp_path / f"vit{'.npz' if family == 'google' else '.safetensors'}"
     keras_vit.save_checkpoint(model, path, family)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    overrides = {"normalization": None, "image_size": size} if family == "google" else {}
-    again = keras_vit.from_checkpoint(path, **overrides)
+    again = keras_vit.from_checkpoint(path)
     images = np.random.default_rng(0).uniform(0, 255, (3, *model.input_shape[1:]))
     images = images.astype("float32")
     np.testing.assert_array_equal(predict(again, images), predict(model, images))
@@ -805,10 +805,32 @@ def test_a_model_of_another_width_is_told_the_shapes(name):
         keras_vit.load_weights(model, weights_file(name))
 
 
-def test_saving_for_google_warns_of_the_normalisation(tmp_path):
-    model = keras_vit.build_vit(CONFIG, image_size=8, gelu="tanh", normalization="imagenet")
-    with pytest.warns(UserWarning, match=r"pass normalization=\(\[0.485, 0.456, 0.406\]"):
-        keras_vit.save_checkpoint(model, tmp_path / "vit.npz", "google")
+@pytest.mark.parametrize("normalization", [None, "imagenet", "minus_one_one"])
+def test_a_google_file_of_ours_says_the_normalisation(tmp_path, normalization):
+    model = keras_vit.build_vit(CONFIG, image_size=8, gelu="tanh", normalization=normalization)
+    path = tmp_path / "vit.npz"
+    keras_vit.save_checkpoint(model, path, "google")
+    again = keras_vit.from_checkpoint(path)
+    expected, received = (vit_arguments(m)["normalization"] for m in (model, again))
+    assert received == expected
+    with np.load(path) as arrays:  # as Google's code reads it
+        assert arrays["Transformer/encoder_norm/scale"].shape == (CONFIG.hidden_dim,)
+
+
+@pytest.mark.parametrize("comment", [b"by hand", b"[1]", b'{"keras_vit": null}', b'{"other": {}}'])
+def test_comments_of_others_in_an_archive(tmp_path, comment):
+    path = tmp_path / "vit.npz"
+    keras_vit.save_checkpoint(
+        keras_vit.build_vit(CONFIG, image_size=8, gelu="tanh"), path, "google"
+    )
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = comment
+    if b"null" in comment:
+        with pytest.raises(ValueError, match=r"vit.npz: the file must hold a JSON object.*None"):
+            keras_vit.from_checkpoint(path)
+    else:
+        model = keras_vit.from_checkpoint(path)
+        assert vit_arguments(model)["normalization"] == ([0.5], [0.5])
 
 
 def test_heads_that_the_file_knows_must_be_the_models():
