@@ -108,7 +108,7 @@ def train(
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="Rate (default: the recipe's).")] = None,
     drop_path: Annotated[float | None, typer.Option(help="Rate of the last block.")] = None,
-    freeze: Annotated[
+    freeze_backbone: Annotated[
         bool | None,
         typer.Option(
             "--freeze",
@@ -175,36 +175,14 @@ def train(
         check_resume_options(context)
         continue_run(resume, strategy)
         return
-    overrides = {
-        "variant": variant,
-        "image_size": image_size,
-        "patch_size": patch_size,
-        "pooling": pooling,
-        "position": position,
-        "normalization": normalization,
-        "dropout": dropout,
-        "drop_path": drop_path,
-        "freeze_backbone": freeze,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "optimizer": optimizer,
-        "learning_rate": learning_rate,
-        "layer_decay": layer_decay,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "label_smoothing": label_smoothing,
-        "clip_norm": clip_norm,
-        "min_crop_area": min_crop_area,
-        "rotation": rotation,
-        "shift": shift,
-        "flip": flip,
-    }
-    overrides = {name: value for name, value in overrides.items() if value is not None}
     out = out or pathlib.Path("runs") / run_name(data)
     start_tensorflow()
-    from keras_vit.training import TrainingInterrupted, train
+    from keras_vit.training import Recipe, TrainingInterrupted, train
     from keras_vit.training.recipes import parse_override
 
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    # Options that are not used above by name are fields of the recipe.
+    overrides = {k: v for k, v in context.params.items() if k in fields and v is not None}
     with contextlib.suppress(TrainingInterrupted):  # which has said how to go on
         train(
             data,
