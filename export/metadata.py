@@ -81,7 +81,7 @@ def add_metadata(content, *, name, description, labels=None, mean=0.0, std=1.0, 
     model = schema.ModelT.InitFromPackedBuf(content)
     image, scores = _input_and_output(model)
     if labels is not None:
-        _check_labels(labels, scores["classes"])
+        check_class_names(labels, scores["classes"])
     metadata = _table(
         "ModelMetadata",
         name=name,
@@ -125,7 +125,7 @@ def _input_and_output(model):
     )
 
 
-def _check_labels(labels, classes):
+def check_class_names(labels, classes):
     """Raises unless there is one label per class and each fits a line of its own."""
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise TypeError(f"`labels` must be a sequence of strings. Received: labels={labels!r}.")

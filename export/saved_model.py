@@ -13,6 +13,7 @@ from keras_vit.files import check_new, replacing
 from keras_vit.layers import PatchEncoder
 
 from .decoding import decode_image
+from .metadata import check_class_names
 from .precision import as_float32
 from .report import ExportReport, TensorInfo
 
@@ -251,14 +252,7 @@ def check_labels(labels, model):
     """Returns the class names as a tuple, or None; raises unless there is one per output."""
     if labels is None:
         return None
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
-        raise TypeError(f"`labels` must be a sequence of strings. Received: labels={labels!r}.")
-    classes = model.outputs[0].shape[-1]
-    if len(labels) != classes:
-        raise ValueError(
-            f"`labels` must name each of the model's {classes} outputs. Received: "
-            f"{len(labels)} labels."
-        )
+    check_class_names(labels, model.outputs[0].shape[-1])
     return tuple(labels)
 
 

@@ -484,7 +484,7 @@ def export(
     start_tensorflow()
     from keras_vit.data.pipeline import first_images
     from keras_vit.export import CPU_MODES, LIMITS, MODES, NPU_MODES, verify
-    from keras_vit.files import replacing, write_text
+    from keras_vit.files import check_replaceable, replacing, write_text
     from keras_vit.training import load_run
 
     if unknown := set(modes or ()) - set(MODES):
@@ -492,7 +492,7 @@ def export(
     modes = modes or (CPU_MODES if io_dtype == "float32" else NPU_MODES)
     run = load_run(run)
     out = out or run.folder / "export"
-    check_export_folder(out, overwrite)
+    check_replaceable(out, "report.json", "export", overwrite)
     model = run.model()
     data = run.data(data, skip_unreadable)
     held_out, labels = first_images(data.test, model.input_shape[1:3], images)
@@ -570,15 +570,6 @@ def benchmark(
         result.to_markdown(markdown, overwrite=overwrite)
     if plot:
         result.plot(plot, overwrite=overwrite)
-
-
-def check_export_folder(out, overwrite):
-    """Raises ValueError if something stands at `out`: an export, unless `overwrite`, or else."""
-    from keras_vit.files import check_new
-
-    if overwrite and out.exists() and not (out / "report.json").exists():
-        raise ValueError(f"{out} is not a folder that `export` wrote: choose another path.")
-    check_new(out, overwrite)
 
 
 def export_files(run, model, folder, modes, **options):

@@ -57,3 +57,17 @@ def check_new(path, overwrite, how="pass overwrite=True (--overwrite)"):
     """Raises ValueError if something stands at `path`, unless `overwrite`."""
     if os.path.lexists(path) and not overwrite:
         raise ValueError(f"{path} exists already: {how}, or choose another path.")
+
+
+def check_replaceable(folder, marker, command, overwrite):
+    """Raises ValueError if something stands at a folder, unless a command wrote it and `overwrite`.
+
+    Args:
+        folder: `pathlib.Path` of the folder to write.
+        marker: The file in it by which what the command wrote is known.
+        command: Its name.
+        overwrite: Whether that may be replaced.
+    """
+    if overwrite and folder.exists() and not (folder / marker).exists():
+        raise ValueError(f"{folder} is not a folder that `{command}` wrote: choose another path.")
+    check_new(folder, overwrite)

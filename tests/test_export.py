@@ -496,6 +496,7 @@ def test_models_that_cannot_be_exported(tmp_path, kind, make, error, match):
     ("labels", "error", "match"),
     [
         (LABELS[:5], ValueError, "`labels` must name each of the model's 7 outputs.*5 labels"),
+        ([*"abcdef", "g\nh"], ValueError, r"no line breaks.*'g\\nh'"),
         ("abcdefg", TypeError, "`labels` must be a sequence of strings.*'abcdefg'"),
         (range(7), TypeError, r"`labels` must be a sequence of strings.*range\(0, 7\)"),
     ],

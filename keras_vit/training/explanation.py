@@ -26,7 +26,7 @@ from keras_vit.data.folder import EXTENSIONS, describe_unreadable, list_images
 from keras_vit.data.images import check_image
 from keras_vit.data.pipeline import resize
 from keras_vit.data.progress import map_threads
-from keras_vit.files import check_new, replacing, write_json, write_text
+from keras_vit.files import check_replaceable, replacing, write_json, write_text
 from keras_vit.model import vit_arguments
 from keras_vit.training.backbone import load_backbone
 from keras_vit.training.evaluation import predict
@@ -99,7 +99,7 @@ def explain(
     """
     check_positive_int("count", count)
     out = pathlib.Path(out)
-    check_explanation_folder(out, overwrite)
+    check_replaceable(out, "explanation.json", "explain", overwrite)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     paths = find_images(images, count, skip_unreadable, console)
     with console.status(f"loading {source}"):
@@ -120,13 +120,6 @@ def explain(
         )
         write_text(folder / "index.html", _page(str(source), model, rows, folder))
     return out / "index.html"
-
-
-def check_explanation_folder(folder, overwrite):
-    """Raises ValueError if something stands at `folder`: an explanation, unless `overwrite`."""
-    if overwrite and folder.exists() and not (folder / "explanation.json").exists():
-        raise ValueError(f"{folder} is not a folder that `explain` wrote: choose another path.")
-    check_new(folder, overwrite)
 
 
 def find_images(paths, count, skip_unreadable, console):
