@@ -120,10 +120,13 @@ def _endpoints(model, labels, top):
 
 
 def _logits_endpoint(model):
+    spec = _images_spec(model)
+
     def serve(images):
+        images = tf.ensure_shape(images, spec.shape)  # which a signature does not do by itself
         return {"logits": tf.cast(model(images, training=False), tf.float32)}
 
-    return serve, _images_spec(model)
+    return serve, spec
 
 
 def _bytes_endpoint(model, labels, top):
@@ -150,10 +153,13 @@ def _bytes_endpoint(model, labels, top):
 
 
 def _features_endpoint(extractor):
+    spec = _images_spec(extractor)
+
     def serve(images):
+        images = tf.ensure_shape(images, spec.shape)
         return {"features": tf.cast(extractor(images, training=False), tf.float32)}
 
-    return serve, _images_spec(extractor)
+    return serve, spec
 
 
 def _images_spec(model):

@@ -311,7 +311,7 @@ def evaluate(
 @app.command()
 def predict(
     run: RunArgument,
-    images: Annotated[list[pathlib.Path], typer.Argument(metavar="IMAGE...")],
+    images: Annotated[list[pathlib.Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option(help="Classes to name for each image.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ):
@@ -448,7 +448,11 @@ def export(
     out: Annotated[pathlib.Path | None, typer.Option(help="Folder (default: RUN/export).")] = None,
     modes: Annotated[
         list[str] | None,
-        typer.Option("--mode", help="May be given several times (default: all for CPUs)."),
+        typer.Option(
+            "--mode",
+            help="fp32, fp16, dynamic_int8, int8_mixed, int4, or for NPUs int8_full, a16w8; may be "
+            "given several times (default: the first five).",
+        ),
     ] = None,
     logits: Annotated[
         bool, typer.Option("--logits", help="TFLite files that give logits, not probabilities.")
@@ -459,7 +463,12 @@ def export(
     images: Annotated[int, typer.Option(help="Held-out images to verify with.", min=1)] = 1000,
     min_agreement: Annotated[
         float | None,
-        typer.Option(help="Top-1 agreement every file must reach (default: by its mode)."),
+        typer.Option(
+            help="Share of the images for which each file must name the model's class (default: by "
+            "its mode).",
+            min=0,
+            max=1,
+        ),
     ] = None,
     max_drop: Annotated[
         float | None,
@@ -533,7 +542,7 @@ def export(
 
 @app.command()
 def benchmark(
-    files: Annotated[list[pathlib.Path], typer.Argument(metavar="FILE...")],
+    files: Annotated[list[pathlib.Path], typer.Argument(metavar="FILE...", help=".tflite files.")],
     threads: Annotated[
         list[int] | None,
         typer.Option(min=1, help="May be given several times (default: 1 and all cores)."),

@@ -130,7 +130,7 @@ class TestReadImage:
         assert np.abs(image.astype(int) - GREEN).max() <= 3
 
     @pytest.mark.parametrize("orientation", range(1, 9))
-    @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+    @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
     def test_exif_orientation(self, tmp_path, orientation, suffix):
         path = save_oriented(tmp_path / f"a{suffix}", orientation)
         image = read_image(path)
@@ -182,7 +182,7 @@ class TestUnreadableImages:
         with pytest.raises(ValueError, match=r"'note\.jpg': not an image in one of the formats"):
             decode_image(b"a note, not a picture", "note.jpg")
 
-    @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".gif"])
+    @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".gif", ".tif"])
     def test_truncated(self, tmp_path, suffix):
         noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
         data = save(noise, tmp_path / f"a{suffix}").read_bytes()
@@ -239,6 +239,8 @@ class TestSpec:
             load_data(spec)
 
     def test_wrong_type(self):
+        with pytest.raises(ValueError, match=r'spec=\'tests\'. Did you mean "folder:tests"'):
+            load_data("tests")
         with pytest.raises(TypeError, match=r"`spec` must be a string.*Received: spec=8"):
             load_data(8)
 
@@ -372,15 +374,18 @@ class TestFolder:
     def test_which_files_count(self, two_classes):
         save(solid(60), two_classes / "cat" / "deep" / "er" / "x.PNG")
         save(solid(61), two_classes / "cat" / "y.JpEg")
+        save(solid(66), two_classes / "cat" / "scan.tiff")
         save(solid(62), two_classes / "cat" / ".hidden.png")
         save(solid(63), two_classes / "cat" / ".cache" / "z.png")
         save(solid(64), two_classes / ".git" / "z.png")
         save(solid(65), two_classes / "beside.png")
-        (two_classes / "cat" / "notes.txt").write_text("not an image")
-        data = load_data(f"folder:{two_classes}")
+        for name in ("notes.txt", "LICENSE", "a.heic", "b.HEIC"):
+            (two_classes / "cat" / name).write_text("not an image")
+        with pytest.warns(UserWarning, match=r"left out: 2 of \.heic, 1 of \.txt, 1 of no suffix"):
+            data = load_data(f"folder:{two_classes}")
         seen = [pair for name in SPLITS for pair in grays(getattr(data, name))]
         assert data.class_names == ("cat", "dog")
-        assert sorted(gray for gray, label in seen if label == 0) == [*range(20), 60, 61]
+        assert sorted(gray for gray, label in seen if label == 0) == [*range(20), 60, 61, 66]
 
     def test_image_size_is_the_median_of_upright_training_images(self, tmp_path):
         for name in ("a", "b"):

@@ -398,6 +398,14 @@ def test_data_that_are_no_image(serve, data, match):
         serve([FILES["jpeg"], data, FILES["png"]])
 
 
+@pytest.mark.parametrize("name", ["serving_default", "features"])
+@pytest.mark.parametrize("shape", [(5, 48, 80, 3), (1, 40, 24, 3), (1, 24, 40, 1)])
+def test_images_of_another_shape(saved, name, shape):
+    """The pixels of larger ones would else make several images, those of a turned one another."""
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"not compatible.*\[\?,24,40,3\]"):
+        signatures(saved)[name](np.zeros(shape, "float32"))
+
+
 # What is left out
 
 

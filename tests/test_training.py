@@ -340,6 +340,16 @@ def test_run_that_is_none(tmp_path):
         load_run(tmp_path)
 
 
+def test_run_whose_data_were_moved(digits_run):
+    info = json.loads(json.dumps(digits_run.info))
+    info["data"]["name"] = "folder:/no/such/place"
+    match = r"The run's data cannot be loaded: .*'/no/such/place'\. .*with `--data`"
+    with pytest.raises(ValueError, match=match):
+        dataclasses.replace(digits_run, info=info).data()
+    with pytest.raises(ValueError, match=r"^The image folder does not exist"):
+        dataclasses.replace(digits_run, info=info).data("folder:/no/other")
+
+
 def test_run_whose_data_changed(digits_run):
     info = json.loads(json.dumps(digits_run.info))
     info["data"]["fingerprint"] = "0"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from keras_vit.data.jpeg import decode_jpeg
 from keras_vit.data.progress import map_threads
 from keras_vit.data.structures import SPLIT_NAMES, ImageData, Split, Window, cut, fingerprint
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 _NAMED_UNREADABLE = 3
 
@@ -28,7 +30,8 @@ def load_folder(path: str | os.PathLike, *, skip_unreadable: bool = False) -> Im
     The folder holds either `class/image.jpg` or `split/class/image.jpg`, the splits being
     "train", "val" (or "valid", "validation") and "test". Labels follow the sorted class names.
     Images are the files with one of `EXTENSIONS`, in any case and at any depth below their
-    class; hidden files and folders are ignored, and so are links to folders inside a class.
+    class; hidden files and folders are ignored, and so are links to folders inside a class. A
+    warning counts the others.
 
     Splits that are missing are carved out of the images for training, class by class, at least
     one image each:
@@ -54,6 +57,9 @@ def load_folder(path: str | os.PathLike, *, skip_unreadable: bool = False) -> Im
     Raises:
         ValueError: If the folder or its classes are missing, empty, too small for the splits or
             different between splits, or if files are unreadable; says which.
+
+    Warns:
+        UserWarning: Files in the folders of the classes have other extensions.
     """
     root = Path(path).expanduser().absolute()
     splits = _list_splits(root)
@@ -130,7 +136,8 @@ def _require_plain_splits(root: Path, splits: list[Path], others: list[Path]) ->
 
 
 def _list_classes(root: Path, folder: Path) -> Classes:
-    classes = {f.name: list_images(root, f) for f in _subfolders(folder)}
+    files = {f.name: _list_files(root, f) for f in _subfolders(folder)}
+    classes = {name: [file for file in of if _is_image(file)] for name, of in files.items()}
     if not classes:
         raise ValueError(
             "An image folder must hold a folder of images for each class. "
@@ -141,16 +148,30 @@ def _list_classes(root: Path, folder: Path) -> Classes:
             f"Every class folder must hold images ({', '.join(EXTENSIONS)}). "
             f"Received: path={str(folder)!r} with the empty classes {empty}."
         )
+    others = [file for of in files.values() for file in of if not _is_image(file)]
+    if others:
+        counts = collections.Counter(Path(file).suffix.lower() or "no suffix" for file in others)
+        kinds = ", ".join(f"{count:,} of {suffix}" for suffix, count in sorted(counts.items()))
+        warnings.warn(
+            f"Files in {folder} that are no images by their names are left out: {kinds}. Images "
+            f"are {', '.join(EXTENSIONS)}.",
+            stacklevel=2,
+        )
     return classes
 
 
 def list_images(root: Path, folder: Path) -> list[str]:
     """The images in `folder` and below, hidden ones aside, as sorted paths relative to `root`."""
+    return [file for file in _list_files(root, folder) if _is_image(file)]
+
+
+def _list_files(root: Path, folder: Path) -> list[str]:
+    """The files in `folder` and below, hidden ones aside, as sorted paths relative to `root`."""
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = Path(parent).relative_to(root)
-        files += [(relative / name).as_posix() for name in names if _is_image(name)]
+        files += [(relative / name).as_posix() for name in names if not name.startswith(".")]
     return sorted(files)
 
 

@@ -141,7 +141,9 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where it is absent, unknown or unreadable."""
+    """The EXIF orientation, 1 to 8; 1 where it is absent, unknown, unreadable or applied."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
         return orientation if orientation in _UPRIGHT else 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from keras_vit.data.digits import load_digits
 from keras_vit.data.folder import load_folder
 from keras_vit.data.structures import ImageData
@@ -44,4 +46,5 @@ def load_data(spec: str, *, skip_unreadable: bool = False) -> ImageData:
         return load_tfrecord(rest)
     if source == "tfds" and rest:
         return load_tfds(rest)
-    raise ValueError(f"`spec` must be {_FORMS}. Received: spec={spec!r}.")
+    hint = f' Did you mean "folder:{spec}"?' if Path(spec).is_dir() else ""
+    raise ValueError(f"`spec` must be {_FORMS}. Received: spec={spec!r}.{hint}")

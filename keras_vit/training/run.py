@@ -68,10 +68,17 @@ class Run:
                 since, so that its splits may differ.
         """
         recorded = self.info["data"]
-        data = load_data(
-            spec or recorded["name"],
-            skip_unreadable=skip_unreadable or (recorded["skipped"] > 0 and spec is None),
-        )
+        try:
+            data = load_data(
+                spec or recorded["name"],
+                skip_unreadable=skip_unreadable or (recorded["skipped"] > 0 and spec is None),
+            )
+        except ValueError as error:
+            if spec is not None:
+                raise
+            raise ValueError(
+                f"The run's data cannot be loaded: {error} Name the data to use with `--data`."
+            ) from error
         if list(data.class_names) != self.class_names:
             raise ValueError(
                 f"The classes of {data.name} must be those the model was trained on: "

@@ -80,8 +80,8 @@ def from_checkpoint(
     if assumed:
         took = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
         warnings.warn(
-            f"{checkpoint.path} does not say its {' and '.join(assumed)}: took {took}. "
-            "Pass it to be sure.",
+            f"{checkpoint.path} does not say its {' and '.join(assumed)}: took {took}. Pass "
+            f"{' and '.join(assumed)} to be sure.",
             stacklevel=2,
         )
     return model
