@@ -1,5 +1,6 @@
 """The command, as a user types it."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from keras_vit import cli, training
 from keras_vit.data import load_data
+from keras_vit.export import verification
 
 
 def run_cli(*arguments, code=0):
@@ -195,9 +197,12 @@ def test_export_keeps_what_is_there(digits_run, exported):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_file_that_fails_its_check_is_an_error(digits_run, tmp_path):
+def test_file_that_fails_its_check_is_an_error(digits_run, tmp_path, monkeypatch):
+    limits = verification.LIMITS
+    unreachable = {**limits, "fp32": dataclasses.replace(limits["fp32"], agreement=1.01)}
+    monkeypatch.setattr(verification, "LIMITS", unreachable)
     with pytest.raises(ValueError, match=r"fp32: the top-1 class agrees"):
-        invoke("export", digits_run.folder, "--out", tmp_path / "x", "--min-agreement", 1.01)
+        invoke("export", digits_run.folder, "--out", tmp_path / "x", "--mode", "fp32")
     assert list(tmp_path.iterdir()) == []
 
 

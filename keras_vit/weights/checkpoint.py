@@ -334,6 +334,7 @@ def _open_npz(path):
     """The tensors of a NumPy archive; only the headers are read."""
     with _as_value_error(path):
         archive = zipfile.ZipFile(path)
+        _check_end(path)
     members = archive.infolist()
     _check_members(path, members)
     _check_expansion(path, members)
@@ -342,6 +343,19 @@ def _open_npz(path):
     for tensor in tensors:
         _check_shape(path, tensor.name, tensor.shape, most)
     return {tensor.name: tensor for tensor in tensors}, _npz_facts(path, archive.comment)
+
+
+def _check_end(path):
+    """ValueError if the comment at the end of an archive is cut off, which zipfile overlooks.
+
+    Source: PKWARE APPNOTE 6.3.10, Section 4.3.16: 22 bytes, whose last two are its length.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - 22 - 0xFFFF, 0))
+        end = file.read()
+    end = end[end.rindex(b"PK\5\6") :]
+    if len(end) < 22 + int.from_bytes(end[20:22], "little"):
+        raise ValueError("its end is missing")
 
 
 def _npz_facts(path, comment):
