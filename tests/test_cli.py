@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from keras_vit import cli, training
 from keras_vit.data import load_data
-from keras_vit.export import verification
+from keras_vit.export import LIMITS
 
 
 def run_cli(*arguments, code=0):
@@ -198,9 +198,8 @@ def test_export_keeps_what_is_there(digits_run, exported):
 
 
 def test_file_that_fails_its_check_is_an_error(digits_run, tmp_path, monkeypatch):
-    limits = verification.LIMITS
-    unreachable = {**limits, "fp32": dataclasses.replace(limits["fp32"], agreement=1.01)}
-    monkeypatch.setattr(verification, "LIMITS", unreachable)
+    unreachable = {**LIMITS, "fp32": dataclasses.replace(LIMITS["fp32"], agreement=1.01)}
+    monkeypatch.setattr("keras_vit.export.LIMITS", unreachable)
     with pytest.raises(ValueError, match=r"fp32: the top-1 class agrees"):
         invoke("export", digits_run.folder, "--out", tmp_path / "x", "--mode", "fp32")
     assert list(tmp_path.iterdir()) == []
