@@ -22,8 +22,8 @@ def as_float32(model):
         A `keras.Model` with the same weights, one tensor in and one out, all of whose layers
         compute in float32.
     """
-    # The same layers without what is no graph of them: Sequential, names of outputs, and the
-    # training state, like which cloning would compile the copy.
+    # The same layers as a plain functional model: a Sequential or a named output has no place in
+    # what follows, and a compiled model would have its copy compiled.
     model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     if all(_is_float32(layer) for layer in model.layers):
         return model

@@ -218,10 +218,7 @@ def _feature_extractor(model):
         return layer(*args, **kwargs)
 
     # Wired anew, because a layer's own `input` may belong to another model that shares it.
-    functional = keras.Model(model.inputs[0], model.outputs[0])
-    copy = keras.models.clone_model(
-        functional, clone_function=lambda layer: layer, call_function=call
-    )
+    copy = keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
     if not features or any(len(tensor.shape) != 2 for tensor in features):
         return None
     outputs = features[0] if len(features) == 1 else keras.layers.average(features)

@@ -238,9 +238,11 @@ class TestSpec:
         with pytest.raises(ValueError, match=rf"`spec` must be {forms}\. Received: spec='{spec}'"):
             load_data(spec)
 
+    def test_folder_without_its_prefix(self, tmp_path):
+        with pytest.raises(ValueError, match=rf'Did you mean "folder:{tmp_path}"\?$'):
+            load_data(str(tmp_path))
+
     def test_wrong_type(self):
-        with pytest.raises(ValueError, match=r'spec=\'tests\'. Did you mean "folder:tests"'):
-            load_data("tests")
         with pytest.raises(TypeError, match=r"`spec` must be a string.*Received: spec=8"):
             load_data(8)
 

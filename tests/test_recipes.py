@@ -351,35 +351,22 @@ def test_no_mixing_is_a_cast():
     np.testing.assert_array_equal(labels, LABELS)
 
 
-def test_batch_of_unknown_size():
-    mixing = Mixing(0.2, 1.0)
+@pytest.mark.parametrize("count", [8, 7])
+def test_batch_of_unknown_size(count):
+    """An odd last image stays as it is."""
+    mixing, even = Mixing(0.2, 1.0), count - count % 2
     signature = [
         tf.TensorSpec((None, 10, 14, 3), tf.uint8),
         tf.TensorSpec((None, 11)),
         tf.TensorSpec((2,), tf.int32),
     ]
-    images, labels = tf.function(mixing, input_signature=signature)(
-        IMAGES, LABELS, tf.constant([4, 9])
+    received = tf.function(mixing, input_signature=signature)(
+        IMAGES[:count], LABELS[:count], tf.constant([4, 9])
     )
-    np.testing.assert_allclose(images, mix(mixing, 4)[0], rtol=1e-6)
-    np.testing.assert_allclose(labels, mix(mixing, 4)[1], rtol=1e-6)
-
-
-def test_an_odd_last_image_of_any_batch_stays_as_it_is():
-    mixing = Mixing(0.2, 1.0)
-    signature = [
-        tf.TensorSpec((None, 10, 14, 3), tf.uint8),
-        tf.TensorSpec((None, 11)),
-        tf.TensorSpec((2,), tf.int32),
-    ]
-    images, labels = tf.function(mixing, input_signature=signature)(
-        IMAGES[:7], LABELS[:7], tf.constant([4, 9])
-    )
-    for received, stock, of_six in zip(
-        (images, labels), (IMAGES, LABELS), mix(mixing, 4, IMAGES[:6], LABELS[:6]), strict=True
-    ):
-        np.testing.assert_allclose(received[:6], of_six, rtol=1e-6)
-        np.testing.assert_allclose(received[6], stock[6], rtol=1e-6)
+    mixed = mix(mixing, 4, IMAGES[:even], LABELS[:even])
+    for values, expected, stock in zip(received, mixed, (IMAGES, LABELS), strict=True):
+        np.testing.assert_allclose(values[:even], expected, rtol=1e-6)
+        np.testing.assert_allclose(values[even:], stock[even:count], rtol=1e-6)
 
 
 def test_mixing_errors():

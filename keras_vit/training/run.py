@@ -64,8 +64,8 @@ class Run:
                 as they were in training.
 
         Raises:
-            ValueError: The data's classes are not the run's, or the run's own data have changed
-                since, so that its splits may differ.
+            ValueError: The data cannot be loaded, their classes are not the run's, or the run's own
+                data have changed since, so that its splits may differ.
         """
         recorded = self.info["data"]
         try:

@@ -73,8 +73,9 @@ def file_image_size(checkpoint, config, positions, slots, known, asked):
         if size is not None:
             rows, columns = _grid(config, size)
             if rows * columns in patches:
-                exact = config.stem_units is not None
-                return check_image_size(size) if exact else (rows * stride, columns * stride)
+                if config.stem_units is not None:  # which pads: the size need not divide
+                    return check_image_size(size)
+                return rows * stride, columns * stride
     raise checkpoint.error(
         f"its {positions} positions are of no square grid of patches: pass the `image_size` "
         f"(height, width) that it was made for. Received: image_size={asked}."
