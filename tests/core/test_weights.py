@@ -390,11 +390,17 @@ def test_deit_with_one_head_uses_the_class_token_alone(tmp_path):
         for key, array in tensors(name).items()
         if "distillation_classifier" not in key
     }
-    model = load(name, write_safetensors(tmp_path / "weights.safetensors", arrays))
-    both = load(name)
+    path = write_safetensors(tmp_path / "weights.safetensors", arrays)
+    model, both = load(name, path), load(name)
     expected = keras.Model(both.input, both.get_layer("head").output)
     images = outputs(name)["images"]
     assert_same(predict(model, images), predict(expected, images), 1e-6)
+    # The positions of the patches are resized in the same way.
+    one_head, two_heads = (
+        positions_of(load(name, file, image_size=(24, 40))) for file in (path, None)
+    )
+    patches = two_heads.shape[1] - 2
+    np.testing.assert_array_equal(one_head[:, -patches:], two_heads[:, -patches:])
 
 
 @pytest.mark.parametrize("name", ["bigvision_tok", "google_vit_token"])
