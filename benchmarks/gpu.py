@@ -3,36 +3,48 @@
     pip install "jax[cuda12]" torch timm matplotlib && pip install .    # without TensorFlow
     python benchmarks/gpu.py              # --platform cpu --quick: tiny, to try
 
-NOT YET RUN ON A CARD: tried on a CPU with tiny sizes alone.
+S/16, B/16 and L/16 at 224 px, 1,000 classes. `forward` is inference, `training` a step: forward
+pass, cross-entropy, backward pass and AdamW's update, weights in float32. The batch lies on the
+card. Ours computes under mixed_bfloat16 in one `jax.jit`, its state donated; timm under autocast to
+bfloat16, by `torch.compile` with its defaults. "Without FlashAttention" is ours after
+`keras.config.disable_flash_attention()`; with L/16, only two contenders fit on a card of 80 GB.
 
-S/16, B/16 and L/16 at 224 px, 1,000 classes, batches from 16 on until the card is full. `forward`
-is inference, `training` a step: forward pass, cross-entropy, backward pass and AdamW's update,
-weights in float32. The batch lies on the card. Ours computes under mixed_bfloat16 in one
-`jax.jit`, its state donated; timm under autocast to bfloat16. MFU is twice the multiplications of
-the matrix products (three times that for a step) over what the card could do (`--peak-tflops`); of
-ours without what the last block leaves out.
-Memory is the peak of the framework's allocator, of all batches up to this one.
+MFU is twice the multiplications of the matrix products (three times that for a step) over what the
+card could do (`--peak-tflops`); of ours without what the last block leaves out. Memory is the peak
+of the framework's allocator, of all batches up to this one.
 
-Contenders do not take turns here: each has the card to itself for all of its batches, ours first,
-since neither JAX nor PyTorch gives back what it has once taken. JAX may take 95% of the card
-instead of its usual 75%, as it needs it.
+Compiling takes longest, so that all of a size is compiled first, side by side, and kept on disk.
 """
 
 import os
 import statistics
 import subprocess
+import tempfile
 
 import models
-from harness import Contender, compare, described, draw, markdown, parser, save, versions_line
+from harness import (
+    Contender,
+    Process,
+    compare,
+    described,
+    draw,
+    markdown,
+    parser,
+    save,
+    together,
+    versions_line,
+)
 
-OURS = "keras-vit"
+OURS, WITHOUT_FLASH = "keras-vit", "keras-vit, without FlashAttention"
 SIZES = {  # hidden_dim, depth, num_heads, mlp_dim
     "S/16": (384, 12, 6, 1536),
     "B/16": (768, 12, 12, 3072),
     "L/16": (1024, 24, 16, 4096),
 }
 TINY = (64, 2, 2, 128)
-BATCHES = (16, 32, 64, 128, 256, 512, 1024)
+BATCHES = (8, 32, 128)
+KINDS = ("forward", "training")
+TURN = 0.5  # seconds
 PEAK_TFLOPS = {  # dense bfloat16, of NVIDIA's data sheets; part of the name -> 1e12 per second
     "H200": 989,
     "H100 80GB HBM3": 989,
@@ -42,10 +54,12 @@ PEAK_TFLOPS = {  # dense bfloat16, of NVIDIA's data sheets; part of the name -> 
 }
 
 
-def ours(size, kind, side):
+def ours(size, kind, side, flash=True):
     import keras
 
     keras.config.set_dtype_policy("mixed_bfloat16")
+    if not flash:
+        keras.config.disable_flash_attention()
     return models.ours_on_jax(size, kind, side)
 
 
@@ -97,17 +111,20 @@ def timm(size, kind, side, device):
     return make, sum(weight.numel() for weight in model.parameters())
 
 
-def contenders(size, kind, side, platform):
+def contenders(size, kind, side, platform, folder):
     variables = {
         "KERAS_BACKEND": "jax",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
         "JAX_PLATFORMS": platform,
+        "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch",
     }
     options = {"size": size, "kind": kind, "side": side}
-    return {
-        OURS: Contender(ours, None, ("keras", "jax"), options, variables),
+    of_ours = (ours, None, ("keras", "jax"))
+    chosen = {
+        OURS: Contender(*of_ours, options, variables),
+        WITHOUT_FLASH: Contender(*of_ours, {**options, "flash": False}, variables),
         "timm, compiled": Contender(
             timm,
             "timm" if platform == "cpu" else None,
@@ -116,21 +133,24 @@ def contenders(size, kind, side, platform):
             variables,
         ),
     }
+    if size == SIZES["L/16"]:
+        del chosen[WITHOUT_FLASH]
+    return chosen
 
 
-def compare_alone(contenders, cases, **options):
-    """`compare` of one contender after the other, as if of all."""
-    alone = [compare({name: one}, cases, **options) for name, one in contenders.items()]
-    return [
-        {
-            "case": case[0]["case"],
-            "contenders": {k: v for one in case for k, v in one["contenders"].items()},
-        }
-        for case in zip(*alone, strict=True)
-    ]
+def compile_all(contenders, cases):
+    """Each case of each contender once, side by side, for what is then found on disk."""
+
+    def compile_one(process):
+        process.start()
+        for case in cases:
+            process.ask(case=case, do="warm up")
+        process.close()  # gives back what it took of the card
+
+    together(compile_one, {name: Process(one) for name, one in contenders.items()})
 
 
-def card():
+def card_name():
     """The name of the GPU."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     return subprocess.check_output(command, text=True).splitlines()[0].strip()
@@ -193,25 +213,33 @@ def main():
     arguments.add_argument("--peak-tflops", type=float, help="of the card, dense bfloat16")
     arguments = arguments.parse_args()
     quick, groups = arguments.quick, []
-    name = card() if arguments.platform == "cuda" else "a CPU: no figures to go by"
-    peak = arguments.peak_tflops or peak_tflops(name)
+    card = card_name() if arguments.platform == "cuda" else "a CPU: no figures to go by"
+    peak = arguments.peak_tflops or peak_tflops(card)
     is_trial = quick or arguments.platform == "cpu"
-    os.environ.setdefault("KERAS_BACKEND", "jax")  # `save` imports keras_vit
-    side = 32 if quick else 224
-    for variant, size in {"tiny": TINY}.items() if quick else SIZES.items():
-        for kind in ("forward", "training"):
-            print(f"{variant}, {kind}", flush=True)
-            chosen = contenders(size, kind, side, arguments.platform)
-            cases = compare_alone(
-                chosen,
-                (2, 4) if quick else BATCHES,
-                rounds=2 if quick else 5,
-                turn=0.1 if quick else 1.0,
+    # `save` imports keras_vit, which is not to take anything of the card.
+    os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
+    side, batches = (32, (2, 4)) if quick else (224, BATCHES)
+    sizes = {"tiny": TINY} if quick else SIZES
+    with tempfile.TemporaryDirectory() as folder:
+        for variant, size in sizes.items():
+            compared = {
+                kind: contenders(size, kind, side, arguments.platform, folder) for kind in KINDS
+            }
+            print(f"{variant}: compiling", flush=True)
+            compile_all(
+                {(kind, name): one for kind in KINDS for name, one in compared[kind].items()},
+                batches,
             )
-            counts = {one: models.multiplications(size, side, whole=one != OURS) for one in chosen}
-            group = {"variant": variant, "kind": kind, "cases": cases}
-            groups.append({**group, "multiplications": counts})
-        save("gpu", is_trial, card=name, peak_tflops=peak, groups=groups)  # time may be short
+            for kind, chosen in compared.items():
+                print(f"{variant}, {kind}", flush=True)
+                cases = compare(chosen, batches, rounds=2 if quick else 5, turn=TURN)
+                counts = {
+                    name: models.multiplications(size, side, whole=not name.startswith(OURS))
+                    for name in chosen
+                }
+                group = {"variant": variant, "kind": kind, "cases": cases}
+                groups.append({**group, "multiplications": counts})
+            save("gpu", is_trial, card=card, peak_tflops=peak, groups=groups)
 
 
 if __name__ == "__main__":

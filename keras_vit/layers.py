@@ -57,6 +57,25 @@ def attention_probabilities(q, k):
     return ops.softmax(ops.matmul(q, ops.transpose(k, (0, 1, 3, 2))), axis=-1)
 
 
+def has_flash_attention(dtype):
+    """Whether `flash_attention` is at hand: on JAX on a GPU, in half precision.
+
+    And unless `keras.config.disable_flash_attention()` was called.
+    """
+    return (
+        keras.backend.backend() == "jax"
+        and keras.backend.standardize_dtype(dtype) in ("float16", "bfloat16")
+        and keras.config.is_flash_attention_enabled() is not False  # None: it is
+        and keras.distribution.list_devices()[0].startswith(("gpu", "cuda"))
+    )
+
+
+def flash_attention(q, k, v):
+    """A v, Eq. 7, by FlashAttention (arXiv 2205.14135); shapes as in `attention_probabilities`."""
+    q, k, v = (ops.transpose(x, (0, 2, 1, 3)) for x in (q, k, v))  # as Keras takes them
+    return ops.transpose(ops.dot_product_attention(q, k, v), (0, 2, 1, 3))
+
+
 def gelu(x, kind):
     """GELU(x) = x Phi(x), "erf"; or its "tanh" approximation (arXiv 1606.08415).
 
@@ -458,9 +477,12 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         q, k, v = self._qkv(x) if queries is None else self._few_queries(x, queries)
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        a = self.attention_dropout(attention_probabilities(q, k), training=training)
-        x = on_tokens(self.proj, merge_heads(ops.matmul(a, v)))
-        return self.dropout(x, training=training)
+        if has_flash_attention(q.dtype) and not (training and self.attention_dropout.rate):
+            x = flash_attention(q, k, v)
+        else:
+            a = self.attention_dropout(attention_probabilities(q, k), training=training)
+            x = ops.matmul(a, v)
+        return self.dropout(on_tokens(self.proj, merge_heads(x)), training=training)
 
     def probabilities(self, x):
         """A of all tokens, without dropout: x `(B, N, D)` -> `(B, h, N, N)`, float32 at least."""

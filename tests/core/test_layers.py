@@ -14,6 +14,7 @@ from keras_vit import (
     ResNetStem,
     TokenPooling,
     TransformerBlock,
+    layers,
 )
 from keras_vit.hybrid import BottleneckUnit, StandardizedConv2D
 from keras_vit.layers import LayerScale
@@ -172,6 +173,65 @@ def test_few_queries_are_the_first_rows_of_all(qkv_bias):
     inputs = keras.Input((7, 11))
     assert block(inputs, queries=3).shape == (None, 3, 11)
     assert block.attention(inputs, queries=3).shape == (None, 3, 11)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Lets JAX on a CPU pass for JAX on a GPU."""
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["gpu:0"])
+
+
+@pytest.fixture
+def flash_attention(monkeypatch):
+    """Takes the way that is for a GPU in every precision; Keras computes it as this device can."""
+    calls = []
+    ours = layers.flash_attention
+    monkeypatch.setattr(layers, "has_flash_attention", lambda dtype: True)
+    monkeypatch.setattr(layers, "flash_attention", lambda *x: calls.append(x) or ours(*x))
+    return calls
+
+
+@pytest.mark.parametrize("queries", [None, 3])
+def test_flash_attention_gives_the_same(flash_attention, monkeypatch, queries):
+    layer = MultiHeadSelfAttention(5, head_dim=6, attention_dropout=0.5, qk_norm=True)
+    layer.build((None, 7, 20))
+    randomise(layer)
+    x = normal(2, 7, 20)
+    ours = numpy(layer(x, queries=queries))
+    assert [t.shape for t in flash_attention[0]] == [(2, 5, queries or 7, 6), *2 * [(2, 5, 7, 6)]]
+    monkeypatch.setattr(layers, "has_flash_attention", lambda dtype: False)
+    np.testing.assert_allclose(ours, numpy(layer(x, queries=queries)), atol=2e-6, rtol=0)
+
+
+def test_flash_attention_knows_no_dropout(flash_attention):
+    layer = MultiHeadSelfAttention(5, attention_dropout=0.5)
+    layer(normal(2, 7, 20), training=True)
+    assert not flash_attention
+    MultiHeadSelfAttention(5)(normal(2, 7, 20), training=True)
+    assert len(flash_attention) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_flash_attention_is_for_half_precision_on_a_gpu(gpu, monkeypatch, dtype):
+    assert layers.has_flash_attention(dtype)
+    assert not layers.has_flash_attention("float32")
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["cpu:0"])
+    assert not layers.has_flash_attention(dtype)
+
+
+def test_flash_attention_is_for_jax(gpu, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
+    assert not layers.has_flash_attention("bfloat16")
+
+
+def test_flash_attention_can_be_disabled(gpu):
+    keras.config.disable_flash_attention()
+    try:
+        assert not layers.has_flash_attention("bfloat16")
+    finally:
+        keras.config.enable_flash_attention()
+    assert layers.has_flash_attention("bfloat16")
 
 
 def test_dropout_acts_in_training_only():
