@@ -203,8 +203,9 @@ def plot(result, path):
 
         return curves
 
-    kinds = [[g for g in result["groups"] if g["kind"] == kind] for kind in ("forward", "training")]
-    draw(path, *([panel(group) for group in groups] for groups in kinds))
+    panels = [panel(group) for group in result["groups"]]
+    panels += [lambda axes: axes.set_axis_off()] * (len(panels) % len(KINDS))  # if it was stopped
+    draw(path, *zip(panels[::2], panels[1::2], strict=True))
 
 
 def main():
@@ -239,7 +240,7 @@ def main():
                 }
                 group = {"variant": variant, "kind": kind, "cases": cases}
                 groups.append({**group, "multiplications": counts})
-            save("gpu", is_trial, card=card, peak_tflops=peak, groups=groups)
+                save("gpu", is_trial, card=card, peak_tflops=peak, groups=groups)
 
 
 if __name__ == "__main__":

@@ -71,9 +71,18 @@ def has_flash_attention(dtype):
 
 
 def flash_attention(q, k, v):
-    """A v, Eq. 7, by FlashAttention (arXiv 2205.14135); shapes as in `attention_probabilities`."""
+    """A v, Eq. 7, by FlashAttention (arXiv 2205.14135): `(B, h, N, d)` each, N static.
+
+    Keras leaves it to cuDNN. JAX differentiates that for an even N alone, so that an odd one gets
+    another token, which is attended to by none.
+    """
+    tokens, mask = q.shape[2], None
     q, k, v = (ops.transpose(x, (0, 2, 1, 3)) for x in (q, k, v))  # as Keras takes them
-    return ops.transpose(ops.dot_product_attention(q, k, v), (0, 2, 1, 3))
+    if tokens % 2:
+        q, k, v = (ops.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        mask = ops.broadcast_to(ops.arange(tokens + 1) < tokens, (1, 1, tokens + 1, tokens + 1))
+    x = ops.dot_product_attention(q, k, v, mask=mask)
+    return ops.transpose(x[:, :tokens], (0, 2, 1, 3))
 
 
 def gelu(x, kind):
@@ -416,7 +425,8 @@ class MultiHeadSelfAttention(keras.layers.Layer):
 
     Source: the paper, Appendix A, with the biases its code has. The U_qkv of q, k and v are one
     kernel `(D, 3 h d)`, columns q|k|v, each third initialised as a `(D, h d)` matrix of its own.
-    qk_norm: arXiv 2302.05442, Section 2.
+    qk_norm: arXiv 2302.05442, Section 2. On JAX on a GPU, in half precision and without attention
+    dropout, SA(z) is FlashAttention's: see `has_flash_attention`.
     """
 
     def __init__(
@@ -477,12 +487,16 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         q, k, v = self._qkv(x) if queries is None else self._few_queries(x, queries)
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        if has_flash_attention(q.dtype) and not (training and self.attention_dropout.rate):
+        if queries is None and self._uses_flash_attention(training):
             x = flash_attention(q, k, v)
         else:
             a = self.attention_dropout(attention_probabilities(q, k), training=training)
             x = ops.matmul(a, v)
         return self.dropout(on_tokens(self.proj, merge_heads(x)), training=training)
+
+    def _uses_flash_attention(self, training):
+        is_dropping = training and self.attention_dropout.rate
+        return has_flash_attention(self.compute_dtype) and not is_dropping
 
     def probabilities(self, x):
         """A of all tokens, without dropout: x `(B, N, D)` -> `(B, h, N, N)`, float32 at least."""

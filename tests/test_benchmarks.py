@@ -31,6 +31,21 @@ def fake(seconds, weights=None, fails_at=None):
     return make, weights
 
 
+def noting(file, fails_at=None):
+    """Writes down each case that it computes."""
+
+    def make(case):
+        def run(calls):
+            if case == fails_at:
+                raise ValueError(f"no case {case}")
+            with open(file, "a") as log:
+                print(case, file=log)
+
+        return run
+
+    return make, None
+
+
 def sleeping(seconds):
     return lambda case: lambda calls: time.sleep(seconds * calls), None
 
@@ -260,18 +275,35 @@ def test_growth_names_a_series_without_points(tmp_path):
         growth.plot(result, tmp_path / "growth.png")
 
 
-def test_contenders_on_a_card_are_measured_one_after_the_other():
+def test_contenders_on_a_card_are_compiled_first(tmp_path):
     import gpu
 
-    contenders = {
-        "ours": contender(fake, seconds=0.25),
-        "theirs": contender(fake, seconds=0.5, fails_at=5),
+    ours, theirs = tmp_path / "ours.txt", tmp_path / "theirs.txt"
+    chosen = {
+        "ours": contender(noting, file=str(ours)),
+        "theirs": contender(noting, file=str(theirs), fails_at=5),
     }
-    first, second = gpu.compare_alone(contenders, [3, 5], rounds=1)
-    assert (first["case"], second["case"]) == (3, 5)
-    assert [entry["seconds"] for entry in first["contenders"].values()] == [[0.25], [0.5]]
-    assert second["contenders"]["ours"]["seconds"] == [0.25]
-    assert second["contenders"]["theirs"] == {"missing": "ValueError: no case 5"}
+    gpu.compile_all(chosen, [3, 5, 7])
+    assert sorted(set(ours.read_text().split())) == ["3", "5", "7"]
+    assert set(theirs.read_text().split()) == {"3"}
+
+
+def test_a_picture_of_a_run_on_a_card_that_was_stopped(tmp_path):
+    import gpu
+
+    entry = {"seconds": [0.5, 0.25], "device_bytes": 2 * 10**9}
+    cases = [{"case": batch, "contenders": {"keras-vit": entry}} for batch in (8, 32)]
+    multiplications = {"keras-vit": 10**9}
+    groups = [
+        {"variant": variant, "kind": kind, "cases": cases, "multiplications": multiplications}
+        for variant, kind in (("S/16", "forward"), ("S/16", "training"), ("B/16", "forward"))
+    ]
+    result = result_of(card="a card", peak_tflops=1.0, groups=groups)
+    gpu.plot(result, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").exists()
+    text = gpu.table(result)
+    assert "| S/16, forward | 8 | keras-vit | 32, 21 | 6.4% | 2.0 |" in text  # 32 x 2e9 / 1e12
+    assert "| S/16, training | 32 | keras-vit | 128, 85 | 76.8% | 2.0 |" in text
 
 
 def test_results_round_trip(tmp_path, monkeypatch, capsys):

@@ -192,23 +192,24 @@ def flash_attention(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("queries", [None, 3])
-def test_flash_attention_gives_the_same(flash_attention, monkeypatch, queries):
+@pytest.mark.parametrize("tokens", [7, 8])
+def test_flash_attention_gives_the_same(flash_attention, monkeypatch, tokens):
     layer = MultiHeadSelfAttention(5, head_dim=6, attention_dropout=0.5, qk_norm=True)
-    layer.build((None, 7, 20))
+    layer.build((None, tokens, 20))
     randomise(layer)
-    x = normal(2, 7, 20)
-    ours = numpy(layer(x, queries=queries))
-    assert [t.shape for t in flash_attention[0]] == [(2, 5, queries or 7, 6), *2 * [(2, 5, 7, 6)]]
+    x = normal(2, tokens, 20)
+    ours = numpy(layer(x))
+    assert [t.shape for t in flash_attention[0]] == 3 * [(2, 5, tokens, 6)]
     monkeypatch.setattr(layers, "has_flash_attention", lambda dtype: False)
-    np.testing.assert_allclose(ours, numpy(layer(x, queries=queries)), atol=2e-6, rtol=0)
+    np.testing.assert_allclose(ours, numpy(layer(x)), atol=2e-6, rtol=0)
 
 
-def test_flash_attention_knows_no_dropout(flash_attention):
-    layer = MultiHeadSelfAttention(5, attention_dropout=0.5)
-    layer(normal(2, 7, 20), training=True)
+def test_flash_attention_is_for_all_tokens_and_no_dropout(flash_attention):
+    x = normal(2, 7, 20)
+    MultiHeadSelfAttention(5, attention_dropout=0.5)(x, training=True)
+    MultiHeadSelfAttention(5)(x, queries=3)
     assert not flash_attention
-    MultiHeadSelfAttention(5)(normal(2, 7, 20), training=True)
+    MultiHeadSelfAttention(5)(x, training=True)
     assert len(flash_attention) == 1
 
 
