@@ -7,13 +7,16 @@ S/16, B/16 and L/16 at 224 px, 1,000 classes. `forward` is inference, `training`
 pass, cross-entropy, backward pass and AdamW's update, weights in float32. The batch lies on the
 card. Ours computes under mixed_bfloat16 in one `jax.jit`, its state donated; timm under autocast to
 bfloat16, by `torch.compile` with its defaults. "Without FlashAttention" is ours after
-`keras.config.disable_flash_attention()`; with L/16, only two contenders fit on a card of 80 GB.
+`keras.config.disable_flash_attention()`; with L/16 it is left out, to spare memory.
 
 MFU is twice the multiplications of the matrix products (three times that for a step) over what the
 card could do (`--peak-tflops`); of ours without what the last block leaves out. Memory is the peak
 of the framework's allocator, of all batches up to this one.
 
 Compiling takes longest, so that all of a size is compiled first, side by side, and kept on disk.
+XLA chooses its kernels then, by timing them on a card that others use as well. The result is
+written after each group, in place of the one before, so that a run that is stopped leaves what it
+has measured.
 """
 
 import os
@@ -35,7 +38,7 @@ from harness import (
     versions_line,
 )
 
-OURS, WITHOUT_FLASH = "keras-vit", "keras-vit, without FlashAttention"
+OURS, WITHOUT_FLASH = "keras-vit", "keras-vit without FlashAttention"
 SIZES = {  # hidden_dim, depth, num_heads, mlp_dim
     "S/16": (384, 12, 6, 1536),
     "B/16": (768, 12, 12, 3072),
@@ -139,15 +142,26 @@ def contenders(size, kind, side, platform, folder):
 
 
 def compile_all(contenders, cases):
-    """Each case of each contender once, side by side, for what is then found on disk."""
+    """Each case of each contender once, side by side, for what is then found on disk.
+
+    Args:
+        contenders: Dictionary (kind, name) -> `Contender`; who fails is printed, with the reason.
+        cases: As of `compare`.
+    """
 
     def compile_one(process):
-        process.start()
-        for case in cases:
-            process.ask(case=case, do="warm up")
-        process.close()  # gives back what it took of the card
+        try:
+            process.start()
+            for case in cases:
+                process.ask(case=case, do="warm up")
+        finally:
+            process.close()  # gives back what it took of the card
 
-    together(compile_one, {name: Process(one) for name, one in contenders.items()})
+    processes = {name: Process(one) for name, one in contenders.items()}
+    together(compile_one, processes)
+    for name, process in processes.items():
+        if process.missing is not None:
+            print(f"{' '.join(name)}: {process.missing}", flush=True)
 
 
 def card_name():
@@ -204,7 +218,7 @@ def plot(result, path):
         return curves
 
     panels = [panel(group) for group in result["groups"]]
-    panels += [lambda axes: axes.set_axis_off()] * (len(panels) % len(KINDS))  # if it was stopped
+    panels += [lambda axes: axes.set_axis_off()] * (len(panels) % 2)  # if it was stopped
     draw(path, *zip(panels[::2], panels[1::2], strict=True))
 
 

@@ -57,24 +57,30 @@ def attention_probabilities(q, k):
     return ops.softmax(ops.matmul(q, ops.transpose(k, (0, 1, 3, 2))), axis=-1)
 
 
-def has_flash_attention(dtype):
-    """Whether `flash_attention` is at hand: on JAX on a GPU, in half precision.
+def can_use_flash_attention(q):
+    """Whether `flash_attention` is for queries `(B, h, N, d)`.
 
-    And unless `keras.config.disable_flash_attention()` was called.
+    It is on JAX on a machine whose first device is a GPU, in half precision, for d <= 128 divisible
+    by 8, which is what cuDNN takes. On GPUs before Ampere, Keras computes it without cuDNN.
+    Compiled for the CPU of such a machine, it fails ("not found for platform cpu"):
+    `keras.config.disable_flash_attention()` turns it off.
     """
+    head_dim = q.shape[-1]
     return (
         keras.backend.backend() == "jax"
-        and keras.backend.standardize_dtype(dtype) in ("float16", "bfloat16")
+        and keras.backend.standardize_dtype(q.dtype) in ("float16", "bfloat16")
+        and head_dim % 8 == 0
+        and head_dim <= 128
         and keras.config.is_flash_attention_enabled() is not False  # None: it is
-        and keras.distribution.list_devices()[0].startswith(("gpu", "cuda"))
+        and keras.distribution.list_devices()[0].startswith("gpu")
     )
 
 
 def flash_attention(q, k, v):
     """A v, Eq. 7, by FlashAttention (arXiv 2205.14135): `(B, h, N, d)` each, N static.
 
-    Keras leaves it to cuDNN. JAX differentiates that for an even N alone, so that an odd one gets
-    another token, which is attended to by none.
+    Keras leaves it to cuDNN, which JAX refuses to differentiate for an odd N: then there is one
+    token more, which is masked.
     """
     tokens, mask = q.shape[2], None
     q, k, v = (ops.transpose(x, (0, 2, 1, 3)) for x in (q, k, v))  # as Keras takes them
@@ -425,8 +431,8 @@ class MultiHeadSelfAttention(keras.layers.Layer):
 
     Source: the paper, Appendix A, with the biases its code has. The U_qkv of q, k and v are one
     kernel `(D, 3 h d)`, columns q|k|v, each third initialised as a `(D, h d)` matrix of its own.
-    qk_norm: arXiv 2302.05442, Section 2. On JAX on a GPU, in half precision and without attention
-    dropout, SA(z) is FlashAttention's: see `has_flash_attention`.
+    qk_norm: arXiv 2302.05442, Section 2. On JAX on a GPU, in half precision, for all N tokens and
+    without attention dropout, SA(z) uses FlashAttention: see `can_use_flash_attention`.
     """
 
     def __init__(
@@ -487,16 +493,13 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         q, k, v = self._qkv(x) if queries is None else self._few_queries(x, queries)
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        if queries is None and self._uses_flash_attention(training):
+        is_dropping = training and self.attention_dropout.rate
+        if queries is None and not is_dropping and can_use_flash_attention(q):
             x = flash_attention(q, k, v)
         else:
             a = self.attention_dropout(attention_probabilities(q, k), training=training)
             x = ops.matmul(a, v)
         return self.dropout(on_tokens(self.proj, merge_heads(x)), training=training)
-
-    def _uses_flash_attention(self, training):
-        is_dropping = training and self.attention_dropout.rate
-        return has_flash_attention(self.compute_dtype) and not is_dropping
 
     def probabilities(self, x):
         """A of all tokens, without dropout: x `(B, N, D)` -> `(B, h, N, N)`, float32 at least."""

@@ -275,17 +275,18 @@ def test_growth_names_a_series_without_points(tmp_path):
         growth.plot(result, tmp_path / "growth.png")
 
 
-def test_contenders_on_a_card_are_compiled_first(tmp_path):
+def test_contenders_on_a_card_are_compiled_first(tmp_path, capsys):
     import gpu
 
     ours, theirs = tmp_path / "ours.txt", tmp_path / "theirs.txt"
     chosen = {
-        "ours": contender(noting, file=str(ours)),
-        "theirs": contender(noting, file=str(theirs), fails_at=5),
+        ("forward", "ours"): contender(noting, file=str(ours)),
+        ("forward", "theirs"): contender(noting, file=str(theirs), fails_at=5),
     }
     gpu.compile_all(chosen, [3, 5, 7])
     assert sorted(set(ours.read_text().split())) == ["3", "5", "7"]
     assert set(theirs.read_text().split()) == {"3"}
+    assert capsys.readouterr().out == "forward theirs: ValueError: no case 5\n"
 
 
 def test_a_picture_of_a_run_on_a_card_that_was_stopped(tmp_path):

@@ -184,24 +184,41 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def flash_attention(monkeypatch):
-    """Takes the way that is for a GPU in every precision; Keras computes it as this device can."""
+    """Takes the way that is for a GPU; Keras computes it here without cuDNN, as no test can."""
     calls = []
     ours = layers.flash_attention
-    monkeypatch.setattr(layers, "has_flash_attention", lambda dtype: True)
+    monkeypatch.setattr(layers, "can_use_flash_attention", lambda q: True)
     monkeypatch.setattr(layers, "flash_attention", lambda *x: calls.append(x) or ours(*x))
     return calls
 
 
+def sgd_step(layer, x):
+    """The outputs, and the weights after one step of plain SGD, which tell the gradients."""
+    model = keras.Sequential([keras.Input(x.shape[1:]), layer])
+    outputs = model.predict(x, verbose=0).astype("float32")
+    before = model.get_weights()
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    model.train_on_batch(x, normal(*x.shape))
+    after = model.get_weights()
+    model.set_weights(before)
+    return [outputs, *after], before
+
+
 @pytest.mark.parametrize("tokens", [7, 8])
-def test_flash_attention_gives_the_same(flash_attention, monkeypatch, tokens):
-    layer = MultiHeadSelfAttention(5, head_dim=6, attention_dropout=0.5, qk_norm=True)
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 3e-6), ("mixed_bfloat16", 0.03)])
+def test_flash_attention_gives_the_same(flash_attention, monkeypatch, tokens, dtype, atol):
+    layer = MultiHeadSelfAttention(5, head_dim=6, qk_norm=True, dtype=dtype)
     layer.build((None, tokens, 20))
     randomise(layer)
     x = normal(2, tokens, 20)
-    ours = numpy(layer(x))
-    assert [t.shape for t in flash_attention[0]] == 3 * [(2, 5, tokens, 6)]
-    monkeypatch.setattr(layers, "has_flash_attention", lambda dtype: False)
-    np.testing.assert_allclose(ours, numpy(layer(x)), atol=2e-6, rtol=0)
+    ours, before = sgd_step(layer, x)
+    assert {t.shape[1:] for call in flash_attention for t in call} == {(5, tokens, 6)}
+    monkeypatch.setattr(layers, "can_use_flash_attention", lambda q: False)
+    theirs, _ = sgd_step(layer, x)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=atol, rtol=0)
+    steps = [abs(new - old).max() for new, old in zip(theirs[1:], before, strict=True)]
+    assert np.median(steps) > 3 * atol
 
 
 def test_flash_attention_is_for_all_tokens_and_no_dropout(flash_attention):
@@ -213,26 +230,31 @@ def test_flash_attention_is_for_all_tokens_and_no_dropout(flash_attention):
     assert len(flash_attention) == 1
 
 
+def queries(head_dim=64, dtype="bfloat16"):
+    return keras.KerasTensor((2, 3, 7, head_dim), dtype)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_flash_attention_is_for_half_precision_on_a_gpu(gpu, monkeypatch, dtype):
-    assert layers.has_flash_attention(dtype)
-    assert not layers.has_flash_attention("float32")
+@pytest.mark.parametrize("head_dim", [8, 72, 128])
+def test_flash_attention_is_for_half_precision_on_a_gpu(gpu, monkeypatch, head_dim, dtype):
+    assert layers.can_use_flash_attention(queries(head_dim, dtype))
     monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["cpu:0"])
-    assert not layers.has_flash_attention(dtype)
+    assert not layers.can_use_flash_attention(queries(head_dim, dtype))
+
+
+@pytest.mark.parametrize("other", [{"dtype": "float32"}, {"head_dim": 68}, {"head_dim": 136}])
+def test_flash_attention_is_for_what_cudnn_takes(gpu, other):
+    assert not layers.can_use_flash_attention(queries(**other))
 
 
 def test_flash_attention_is_for_jax(gpu, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
-    assert not layers.has_flash_attention("bfloat16")
+    assert not layers.can_use_flash_attention(queries())
 
 
-def test_flash_attention_can_be_disabled(gpu):
-    keras.config.disable_flash_attention()
-    try:
-        assert not layers.has_flash_attention("bfloat16")
-    finally:
-        keras.config.enable_flash_attention()
-    assert layers.has_flash_attention("bfloat16")
+def test_flash_attention_can_be_disabled(gpu, monkeypatch):
+    monkeypatch.setattr(keras.config, "is_flash_attention_enabled", lambda: False)
+    assert not layers.can_use_flash_attention(queries())
 
 
 def test_dropout_acts_in_training_only():
