@@ -739,6 +739,22 @@ def test_only_what_keras_makes_of_arrays_is_untuned(monkeypatch):
     assert data[5].options().autotune.enabled is None
 
 
+def test_iterators_of_replicas_are_untuned(monkeypatch):
+    """Who deletes an iterator waits for the thread that tunes it, which may sleep for a minute."""
+    enabled = []
+    iterate = tf.data.Dataset.__iter__
+
+    def record(dataset):
+        enabled.append(dataset.options().autotune.enabled)
+        return iterate(dataset)
+
+    monkeypatch.setattr(tf.data.Dataset, "__iter__", record)
+    model = compiled(DistributedModel, 4, OPTIMIZERS["sgd"])
+    model.fit(batches(), epochs=2, validation_data=batches(), shuffle=False, verbose=0)
+    assert len(enabled) >= 2 * 2 * 4  # epochs, training and validation, replicas
+    assert set(enabled) == {False}
+
+
 @pytest.mark.parametrize("steps_per_execution", [1, 4])
 @pytest.mark.parametrize("known", [True, False])
 def test_data_that_end(steps_per_execution, known):

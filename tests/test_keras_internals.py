@@ -1,4 +1,4 @@
-"""What is used of Keras beyond its public interface: it is there, listed, and in one place."""
+"""What is used beyond public interfaces: it is there, listed, and in one place."""
 
 import ast
 import importlib
@@ -28,8 +28,9 @@ def resolve(path):
 
 
 def missing(name, owner):
+    package = tf if owner.startswith("tensorflow.") else keras
     return (
-        f"Keras {keras.__version__} has no `{name}` in {owner} any more: "
+        f"{package.__name__} {package.__version__} has no `{name}` in {owner} any more: "
         "keras_vit/training/keras_internals.py has to do without it."
     )
 
@@ -93,16 +94,17 @@ def test_no_other_attribute_is_used():
     assert names <= used | own, "attributes that are listed and not used"
 
 
-def test_only_one_module_imports_from_within_keras():
+def test_only_one_module_imports_from_within_keras_and_tensorflow():
     """And what it imports is in the tables."""
+    within = ("keras.src", "tensorflow.python")
     imported = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras.src"):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(within):
                 imported[node.module] = {alias.name for alias in node.names}
                 assert path == SOURCES[0], f"{path} imports {node.module}"
             elif isinstance(node, ast.Import):
-                assert not any(alias.name.startswith("keras.src") for alias in node.names), path
+                assert not any(alias.name.startswith(within) for alias in node.names), path
     assert imported
     for module, names in imported.items():
         assert names <= set(keras_internals.ATTRIBUTES[module])

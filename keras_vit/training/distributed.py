@@ -135,9 +135,10 @@ class DistributedModel(StrategyModel):
     def fit(self, *args, initial_step=0, **kwargs):
         """As `keras.Model.fit`.
 
-        Without a strategy, an epoch over arrays or a generator ends at once, as one of `evaluate`
-        does; in stock Keras it may wait for a thread of tf.data, for up to a minute. To a
-        `tf.data.Dataset` of one's own, `keras_vit.data.pipeline.untuned` does the same.
+        An epoch over arrays or a generator ends at once, as one of `evaluate` does; in stock Keras
+        it may wait for a thread of tf.data, for up to a minute, and under a strategy for one of
+        each replica. For a `tf.data.Dataset` of one's own, and for arrays under a strategy, it may
+        wait for one alone; `keras_vit.data.pipeline.untuned` makes a dataset that has none.
 
         Args:
             *args: As in Keras.

@@ -1,17 +1,20 @@
-"""What distributed training needs of Keras beyond its public interface. All of it is here.
+"""What distributed training needs of Keras and TensorFlow beyond their public interfaces.
 
-setup.cfg pins Keras to the versions that have it; `test_keras_internals` says which attribute
-disappeared when one does not.
+All of it is here. setup.cfg pins both to the versions that have it; `test_keras_internals` says
+which attribute disappeared when one does not.
 """
+
+import functools
 
 import keras
 import tensorflow as tf
 from keras.src.losses.loss import unscale_loss_for_distribution
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
+from tensorflow.python.data.ops import multi_device_iterator_ops
 
 from keras_vit.data.pipeline import untuned
 
-# What is used below, by the owner's place in Keras.
+# What is used below, by the owner's place.
 ATTRIBUTES = {
     "keras.src.backend.tensorflow.trainer.TensorFlowTrainer": (
         "_make_function",
@@ -19,10 +22,15 @@ ATTRIBUTES = {
         "_symbolic_build",
     ),
     "keras.src.layers.layer.Layer": ("_flatten_layers",),
-    "keras.src.backend.tensorflow.trainer.TFEpochIterator": ("_enumerate_iterator",),
+    "keras.src.backend.tensorflow.trainer.TFEpochIterator": (
+        "_enumerate_iterator",
+        "_get_iterator",
+    ),
     "keras.src.trainers.data_adapters.tf_dataset_adapter": ("TFDatasetAdapter",),
     "keras.src.backend.tensorflow.optimizer.TFOptimizer": ("_all_reduce_sum_gradients",),
     "keras.src.losses.loss": ("unscale_loss_for_distribution",),
+    "tensorflow.python.data.ops": ("multi_device_iterator_ops",),
+    "tensorflow.python.data.ops.multi_device_iterator_ops": ("_create_device_dataset",),
 }
 # The same, for what only instances have.
 INSTANCE_ATTRIBUTES = {
@@ -184,8 +192,13 @@ def _next_by_replica(stock):
 
 
 def _untune(epoch_iterator):
-    """Applies `untuned` to what Keras made of arrays or a generator, without a strategy."""
+    """Applies `untuned` to what Keras made of arrays or a generator, without a strategy.
+
+    And to the datasets that TensorFlow makes of one, for each replica, under a strategy.
+    """
     dataset = epoch_iterator._distributed_dataset
+    if isinstance(dataset, tf.distribute.DistributedDataset):
+        epoch_iterator._get_iterator = functools.partial(_untuned_iterator, dataset)
     is_of_keras = not isinstance(epoch_iterator.data_adapter, TFDatasetAdapter)
     # The iterator of validation comes again in each epoch.
     if (
@@ -194,6 +207,16 @@ def _untune(epoch_iterator):
         and dataset.options().autotune.enabled is None
     ):
         epoch_iterator._distributed_dataset = untuned(dataset)
+
+
+def _untuned_iterator(distributed_dataset):
+    """Its iterator, which takes over what the replicas' devices read ahead, one batch each."""
+    create = multi_device_iterator_ops._create_device_dataset
+    multi_device_iterator_ops._create_device_dataset = lambda *args: untuned(create(*args))
+    try:
+        return iter(distributed_dataset)
+    finally:
+        multi_device_iterator_ops._create_device_dataset = create
 
 
 def _skip_steps(epoch_iterator, steps):
