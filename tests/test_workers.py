@@ -41,7 +41,7 @@ for name, value in SETTINGS.items():
     TRAIN += ["--set", f"{name}={value}"]
 RESUME = ["--resume", "run"]
 
-# A model that is traced in half the time of the recipe's; each process traces it.
+# A smaller model than the recipe's, as each process has to trace it.
 SMALL = ViTConfig(hidden_dim=24, depth=2, num_heads=3, mlp_dim=40, patch_size=4)
 # The command, with a disk so slow that there is time to act upon a checkpoint.
 COMMAND = f"""

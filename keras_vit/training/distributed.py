@@ -135,10 +135,10 @@ class DistributedModel(StrategyModel):
     def fit(self, *args, initial_step=0, **kwargs):
         """As `keras.Model.fit`.
 
-        An epoch over arrays or a generator ends at once, as one of `evaluate` does; in stock Keras
-        it may wait for a thread of tf.data, for up to a minute, and under a strategy for one of
-        each replica. For a `tf.data.Dataset` of one's own, and for arrays under a strategy, it may
-        wait for one alone; `keras_vit.data.pipeline.untuned` makes a dataset that has none.
+        At its end, an epoch of stock Keras may wait up to a minute for a thread of tf.data that
+        tunes the dataset, and under a strategy for one more of each replica. Here, and in
+        `evaluate`, replicas have none, nor have arrays and generators without a strategy. For
+        other data, `keras_vit.data.pipeline.untuned` gives a `tf.data.Dataset` without it.
 
         Args:
             *args: As in Keras.

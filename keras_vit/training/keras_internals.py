@@ -192,9 +192,10 @@ def _next_by_replica(stock):
 
 
 def _untune(epoch_iterator):
-    """Applies `untuned` to what Keras made of arrays or a generator, without a strategy.
+    """Applies `untuned` to what the user did not make.
 
-    And to the datasets that TensorFlow makes of one, for each replica, under a strategy.
+    Under a strategy that is what each replica reads from, without one what Keras makes of arrays
+    or a generator.
     """
     dataset = epoch_iterator._distributed_dataset
     if isinstance(dataset, tf.distribute.DistributedDataset):
@@ -210,7 +211,7 @@ def _untune(epoch_iterator):
 
 
 def _untuned_iterator(distributed_dataset):
-    """Its iterator, which takes over what the replicas' devices read ahead, one batch each."""
+    """An iterator whose datasets on the replicas' devices, made by TensorFlow, are `untuned`."""
     create = multi_device_iterator_ops._create_device_dataset
     multi_device_iterator_ops._create_device_dataset = lambda *args: untuned(create(*args))
     try:
