@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 
 
@@ -12,14 +13,16 @@ def replacing(path):
     """Yields a temporary path beside `path`; it becomes `path` if the block succeeds.
 
     Args:
-        path: The file or folder to write. Its folder is made.
+        path: The file or folder to write; a link to one stays, and what it points to is replaced.
+            Its folder is made.
 
     Yields:
         A `pathlib.Path` with the suffix of `path`; nothing stands there yet.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # Not by the number of the process, which in a container is that of one that was killed.
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         _move(temporary, path)
@@ -38,7 +41,11 @@ def _move(source, path):
         raise ValueError(f"{path} is a folder: a file cannot replace it. Choose another path.")
     old = source.with_name(source.name + ".old")
     os.replace(path, old)
-    os.replace(source, path)
+    try:
+        os.replace(source, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
     shutil.rmtree(old)
 
 

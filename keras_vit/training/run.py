@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import secrets
 import shutil
 
 import keras
@@ -24,6 +25,7 @@ import keras
 import keras_vit.model  # noqa: F401  registers the layers that a model file needs
 from keras_vit.data import load_data
 from keras_vit.files import write_json
+from keras_vit.training.callbacks import NonFiniteLossError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,26 +139,31 @@ def check_run_folder(folder, overwrite):
 
 @contextlib.contextmanager
 def new_run_folder(folder, overwrite):
-    """Makes an empty run folder. A run that stood there is gone once the new one has a model.
+    """Makes an empty run folder, in the place of a run if one stood there.
 
     Args:
         folder: Where; see `check_run_folder` for what it refuses.
         overwrite: Whether a run may stand there.
 
     Yields:
-        The folder as a `pathlib.Path`. If the block fails before there is a model or a checkpoint,
-        the run that stood there is put back.
+        The folder as a `pathlib.Path`. At the end, the run that stood there is put back if there
+        is neither a model of the new one nor, unless it diverged, a checkpoint.
     """
     check_run_folder(folder, overwrite)
-    folder = pathlib.Path(folder).absolute()
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    folder = pathlib.Path(folder).resolve()
+    old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
     if folder.exists():
         os.replace(folder, old)
     folder.mkdir(parents=True)
+    diverged = False
     try:
         yield folder
+    except NonFiniteLossError:
+        diverged = True
+        raise
     finally:
-        begun = (folder / "best.keras").exists() or (folder / "checkpoints").exists()
+        can_go_on = not diverged and any(folder.glob("checkpoints/step-*"))
+        begun = (folder / "best.keras").exists() or can_go_on
         if old.exists() and begun:
             shutil.rmtree(old)
         elif old.exists():
