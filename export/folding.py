@@ -79,9 +79,9 @@ class DeployModel:
     Attributes:
         image_shape: (H, W, C).
         pixels: the normalisation where it cannot be folded, or None.
-        stem: root `Conv` and a list of `Bottleneck`, or None.
+        stem: root `Conv` and a tuple of `Bottleneck`, or None.
         patch_size: side P of a patch.
-        patch_norm: epsilon of the norms around the projection, or None.
+        patch_norm: whether patches are normalised before and after the projection.
         patches: the projection.
         projection_gamma: scale of the norm after the projection `(D,)`, or None.
         positions: bias and positions of the patches `(1, N, D)`.
@@ -243,7 +243,7 @@ def _pixels(normalization, channels):
     if normalization is None:
         return None
     scale, offset = (
-        np.broadcast_to(np.asarray(values, "float64"), (channels,))
+        np.broadcast_to(np.ravel(values).astype("float64"), (channels,))
         for values in (normalization.scale, normalization.offset)
     )
     return Affine(scale, offset)

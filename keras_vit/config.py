@@ -1,6 +1,7 @@
 """The sizes of a Vision Transformer, and the table of the published ones."""
 
 import dataclasses
+import math
 import types
 
 
@@ -42,6 +43,16 @@ class ViTConfig:
         else:
             check_positive_int("head_dim", self.head_dim)
         if self.stem_units is not None:
+            if not isinstance(self.stem_units, (tuple, list)):
+                raise ValueError(
+                    "`stem_units` must be None or a tuple of positive ints. "
+                    f"Received: stem_units={self.stem_units!r}."
+                )
+            if self.stem_width % 32:
+                raise ValueError(
+                    "`stem_width` must be a multiple of 32. "
+                    f"Received: stem_width={self.stem_width}."
+                )
             object.__setattr__(self, "stem_units", tuple(self.stem_units))
             for units in self.stem_units:
                 check_positive_int("stem_units", units)
@@ -51,6 +62,21 @@ def check_positive_int(name, value):
     """Raises ValueError unless `value` is an int of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}.")
+
+
+def check_count(name, value):
+    """Raises ValueError unless `value` is an int of at least 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"`{name}` must be an int of at least 0. Received: {name}={value!r}.")
+
+
+def check_epsilon(value):
+    """Raises ValueError unless `value` is a number that a LayerNorm can add to a variance."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(
+            "`layer_norm_epsilon` must be a finite number from 0 on. "
+            f"Received: layer_norm_epsilon={value!r}."
+        )
 
 
 def check_heads(hidden_dim, num_heads):

@@ -128,9 +128,11 @@ def features(model, images, *, layers=None, batch_size=32):
     names = [encoder.name, *blocks, *([] if norm is None else [norm.name])]
     wanted = _layer_names(range(len(blocks)) if layers is None else layers, list(blocks), names)
 
+    taken_by = dict(zip([encoder.name, *blocks], blocks, strict=False))
+
     def tokens(name, seen):
-        if name == encoder.name:
-            return next(iter(seen.values()))
+        if name in taken_by:
+            return seen[taken_by[name]]
         if name in blocks:
             # Called again, for in a model of `skip_unread_tokens` the last puts out fewer tokens.
             return blocks[name](seen[name], training=False)

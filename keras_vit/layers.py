@@ -12,7 +12,7 @@ import threading
 import keras
 from keras import ops
 
-from keras_vit.config import check_heads, check_positive_int
+from keras_vit.config import check_count, check_epsilon, check_heads, check_positive_int
 from keras_vit.positions import sincos2d
 
 POSITIONS = ("learned", "sincos2d")
@@ -161,14 +161,23 @@ class Dropout(keras.layers.Dropout):
     batch apart. What trains on several replicas draws them by the image's place in the batch.
 
     Args:
-        rate: As in `keras.layers.Dropout`, and so are the other arguments.
+        rate: The share that is dropped, in [0, 1).
+        **kwargs: As in `keras.layers.Dropout`.
 
     Call arguments:
         inputs: Of any shape.
         training: Whether to drop.
 
+    Raises:
+        ValueError: The rate is out of its range.
+
     Source: arXiv 1207.0580; the values kept are divided by 1 - rate.
     """
+
+    def __init__(self, rate, **kwargs):
+        if not 0 <= rate < 1:
+            raise ValueError(f"The rate of a dropout must be in [0, 1). Received: rate={rate!r}.")
+        super().__init__(rate, **kwargs)
 
     def call(self, inputs, training=False):
         uniform = getattr(_draws, "uniform", None)
@@ -280,8 +289,8 @@ class PatchEncoder(keras.layers.Layer):
         super().__init__(**kwargs)
         check_positive_int("hidden_dim", hidden_dim)
         check_choice("position", position, POSITIONS)
-        if num_registers < 0:
-            raise ValueError(f"`num_registers` must be >= 0. Received: {num_registers}.")
+        check_count("num_registers", num_registers)
+        check_epsilon(layer_norm_epsilon)
         self.hidden_dim = hidden_dim
         self.use_class_token = class_token
         self.use_distillation_token = distillation_token
@@ -308,6 +317,10 @@ class PatchEncoder(keras.layers.Layer):
 
     def build(self, input_shape):
         num_patches = input_shape[1]
+        if num_patches is None:
+            raise ValueError(
+                f"The number of patches must be known. Received: input shape {tuple(input_shape)}."
+            )
         rows, columns = self._grid(num_patches)
         self.projection.build(input_shape)
         if self.use_patch_norm:
@@ -450,6 +463,7 @@ class MultiHeadSelfAttention(keras.layers.Layer):
         check_positive_int("num_heads", num_heads)
         if head_dim is not None:
             check_positive_int("head_dim", head_dim)
+        check_epsilon(layer_norm_epsilon)
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.qkv_bias = qkv_bias
@@ -515,6 +529,9 @@ class MultiHeadSelfAttention(keras.layers.Layer):
 
     def _few_queries(self, x, queries):
         """q `(B, h, M, d)` of the first tokens, k and v `(B, h, N, d)` of all."""
+        if self.qkv.quantization_mode is not None:  # its kernel is integers without their scales
+            q, k, v = self._qkv(x)
+            return q[:, :, :queries], k, v
         kernel = ops.convert_to_tensor(self.qkv.kernel, dtype=self.compute_dtype)
         inner_dim = kernel.shape[-1] // 3
         q = on_tokens(lambda rows: ops.matmul(rows, kernel[:, :inner_dim]), x[:, :queries])
@@ -687,6 +704,7 @@ class TransformerBlock(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        check_epsilon(layer_norm_epsilon)
         self.layer_scale = layer_scale
         self.layer_norm_epsilon = layer_norm_epsilon
         dtype = self.dtype_policy
@@ -777,7 +795,7 @@ class TokenPooling(keras.layers.Layer):
         x: Tokens `(B, N, D)`.
 
     Raises:
-        ValueError: `pooling` is unknown.
+        ValueError: `pooling` is unknown, or there are not more tokens than `num_prefix_tokens`.
 
     Source: the paper, Eq. 4; "gap" is its code's name and D.3's alternative. "token+gap": the
     linear classifier of DINOv2 (arXiv 2304.07193).
@@ -786,8 +804,17 @@ class TokenPooling(keras.layers.Layer):
     def __init__(self, pooling="token", num_prefix_tokens=1, **kwargs):
         super().__init__(**kwargs)
         check_choice("pooling", pooling, ("token", "distillation", "mean", "gap", "token+gap"))
+        check_count("num_prefix_tokens", num_prefix_tokens)
         self.pooling = pooling
         self.num_prefix_tokens = num_prefix_tokens
+
+    def build(self, input_shape):
+        tokens = input_shape[1]
+        if "gap" in self.pooling and tokens is not None and tokens <= self.num_prefix_tokens:
+            raise ValueError(
+                f"There must be more tokens than the {self.num_prefix_tokens} before the patches. "
+                f"Received: input shape {tuple(input_shape)}."
+            )
 
     def call(self, x):
         if self.pooling == "token":
@@ -837,6 +864,7 @@ class AttentionPooling(keras.layers.Layer):
     def __init__(self, num_heads, mlp_dim, gelu="erf", layer_norm_epsilon=1e-6, **kwargs):
         super().__init__(**kwargs)
         check_positive_int("num_heads", num_heads)
+        check_epsilon(layer_norm_epsilon)
         self.num_heads = num_heads
         self.layer_norm_epsilon = layer_norm_epsilon
         self.norm = keras.layers.LayerNormalization(

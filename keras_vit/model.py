@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 
-from keras_vit.config import VARIANTS, ViTConfig, check_positive_int
+from keras_vit.config import VARIANTS, ViTConfig, check_epsilon, check_positive_int
 from keras_vit.hybrid import ResNetStem
 from keras_vit.layers import (
     GELUS,
@@ -24,6 +24,21 @@ NORMALIZATIONS = {
     "minus_one_one": ((0.5,), (0.5,)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+
+# The layers of a model beside its blocks, and those that read the tokens of the last block.
+TOKEN_READERS = ("encoder_norm", "pooling", "distillation_pooling")
+LAYERS = (
+    "normalization",
+    "stem",
+    "patches",
+    "patch_encoder",
+    *TOKEN_READERS,
+    "pooled_norm",
+    "pre_logits",
+    "head",
+    "head_distillation",
+    "average",
+)
 
 
 def build_vit(
@@ -118,6 +133,7 @@ def build_vit(
         check_positive_int("num_classes", num_classes)
     if representation_size is not None:
         check_positive_int("representation_size", representation_size)
+    check_epsilon(layer_norm_epsilon)
     _check_rates(dropout=dropout, attention_dropout=attention_dropout, drop_path=drop_path)
 
     images = keras.Input((height, width, channels), dtype=_full_precision(), name="images")
@@ -295,8 +311,9 @@ def _pixel_normalization(normalization, channels):
     if std.min() == 0:
         raise ValueError(f"The std of `normalization` must not be 0. Received: {normalization!r}.")
     return keras.layers.Rescaling(
-        scale=(1 / (255 * std)).tolist(),
-        offset=(-mean / std).tolist(),
+        # Along the channels, whatever `keras.config.image_data_format` is.
+        scale=(1 / (255 * std)).reshape(1, 1, -1).tolist(),
+        offset=(-mean / std).reshape(1, 1, -1).tolist(),
         dtype=_full_precision(),
         name="normalization",
     )
@@ -322,7 +339,8 @@ def skip_unread_tokens(model):
 
     With pooling="token", only the class token (and the distillation token) of the last block are
     read: of the others it takes the keys and values alone, about 7 % less work with 12 blocks.
-    Output and gradients are the same; so is the whole model with any other pooling.
+    Output and gradients are the same; so is the whole model with any other pooling. Layers of
+    one's own may follow the model's.
 
     Args:
         model: A model of `build_vit`.
@@ -331,19 +349,64 @@ def skip_unread_tokens(model):
         A `keras.Model` that shares the layers of `model`.
 
     Raises:
-        ValueError: `model` is not a model of `build_vit`.
+        ValueError: `model` is not a model of `build_vit`, or something else in it reads the tokens
+            of the last block.
     """
     arguments = vit_arguments(model)
     if arguments["pooling"] != "token":
         return model
     last_block = f"block_{arguments['variant'].depth - 1}"
+    few = {}  # the tensors of fewer tokens, by id
 
     def call(layer, *args, **kwargs):
         if layer.name == last_block:
             kwargs["queries"] = 1 + arguments["distillation_token"]
-        return layer(*args, **kwargs)
+        reads_few = any(id(x) in few for x in keras.tree.flatten((args, kwargs)))
+        if reads_few and layer.name not in TOKEN_READERS:
+            _refuse_reader(layer.name)
+        outputs = layer(*args, **kwargs)
+        if layer.name == last_block or (reads_few and layer.name == "encoder_norm"):
+            few[id(outputs)] = outputs
+        return outputs
 
-    return keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
+    fast = keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
+    if any(id(x) in few for x in fast.outputs):
+        _refuse_reader("output")
+    return fast
+
+
+def _refuse_reader(name):
+    raise ValueError(
+        "Tokens of the last block must be read by the model's own pooling alone. "
+        f"Received: a model whose {name!r} reads them too."
+    )
+
+
+def check_whole(model):
+    """ValueError unless a model is as `build_vit` makes it, with no part and no output beside."""
+    depth = vit_arguments(model)["variant"].depth
+    known = {*LAYERS, *(f"block_{i}" for i in range(depth))}
+    added = [
+        layer.name
+        for layer in model.layers
+        if not isinstance(layer, keras.layers.InputLayer)
+        and (layer.name not in known or _has_activation(layer))
+    ]
+    if added:
+        raise ValueError(
+            "`model` must be as `build_vit` makes it: take that, and put the rest on it again. "
+            f"Received: a model with layers of its own, {added}."
+        )
+    if len(model.outputs) != 1:
+        raise ValueError(
+            "`model` must be as `build_vit` makes it. "
+            f"Received: a model with {len(model.outputs)} outputs."
+        )
+
+
+def _has_activation(layer):
+    is_head = layer.name in ("head", "head_distillation")
+    return is_head and layer.activation is not keras.activations.linear
 
 
 def vit_arguments(model):
@@ -416,5 +479,6 @@ def _normalization_of(layer):
     """The `(mean, std)` of a normalization layer, which computes image * scale + offset."""
     if layer is None:
         return None
-    std = np.round(1 / (255 * np.asarray(layer.scale)), 12)  # 0.229, not 0.22899999999999998
-    return np.round(-np.asarray(layer.offset) * std, 12).tolist(), std.tolist()
+    scale, offset = np.ravel(layer.scale), np.ravel(layer.offset)
+    std = np.round(1 / (255 * scale), 12)  # 0.229, not 0.22899999999999998
+    return np.round(-offset * std, 12).tolist(), std.tolist()

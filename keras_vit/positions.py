@@ -59,12 +59,17 @@ def resize_positions(table, grid_size, new_grid_size, interpolation):
         `(new rows * new columns, D)` of the dtype of `table`; computed in float64.
 
     Raises:
-        ValueError: `interpolation` is unknown.
+        ValueError: `interpolation` is unknown, or the table has not `rows * columns` rows.
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(
             f"`interpolation` must be one of {', '.join(map(repr, INTERPOLATIONS))}. "
             f"Received: interpolation={interpolation!r}."
+        )
+    if table.ndim != 2 or len(table) != grid_size[0] * grid_size[1]:
+        raise ValueError(
+            f"`table` must be of the shape ({grid_size[0]} * {grid_size[1]}, D). "
+            f"Received: a table of the shape {table.shape}."
         )
     if tuple(grid_size) == tuple(new_grid_size):
         return table

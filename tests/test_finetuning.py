@@ -144,7 +144,7 @@ def test_whole_head_is_left_out(tmp_path):
 def test_normalization_is_the_files_unless_the_recipe_says(checkpoint, tmp_path):
     def scale(recipe, path):
         layer = model_of(recipe, 5, backbone_of(recipe, path)).get_layer("normalization")
-        return np.asarray(layer.scale) * 255, np.asarray(layer.offset)
+        return np.ravel(layer.scale) * 255, np.ravel(layer.offset)
 
     imagenet = 1 / np.array([0.229, 0.224, 0.225])
     np.testing.assert_allclose(scale(TUNED, checkpoint)[0], imagenet)
@@ -382,7 +382,7 @@ def test_command(checkpoint, tmp_path):
         True,
     )
     assert run.model().get_layer("block_0").get_config()["num_heads"] == 4
-    np.testing.assert_allclose(run.model().get_layer("normalization").offset, [-1.0])
+    np.testing.assert_allclose(np.ravel(run.model().get_layer("normalization").offset), [-1.0])
 
 
 # What is wrong.

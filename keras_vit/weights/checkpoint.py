@@ -246,7 +246,10 @@ FACTS = (
 
 
 def _checked_facts(path, facts):
-    """`facts`, if what is used of them is of the type that it must be, or null."""
+    """`facts`, if what is used of them is of the type that it must be; what is null is left out.
+
+    Not `normalization`, whose null is that of a model that takes normalised images.
+    """
     for names, expected, fits in FACTS:
         for name in names.split():
             value = facts.get(name)
@@ -254,9 +257,11 @@ def _checked_facts(path, facts):
                 raise ValueError(
                     f"{path}: {name} must be {expected}. Received: {name}={reprlib.repr(value)}."
                 )
-            if isinstance(value, dict):
-                _checked_facts(path, value)
-    return facts
+    return {
+        name: _checked_facts(path, value) if isinstance(value, dict) else value
+        for name, value in facts.items()
+        if value is not None or name == "normalization"
+    }
 
 
 # The formats.

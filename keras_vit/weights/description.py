@@ -57,29 +57,42 @@ def file_image_size(checkpoint, config, positions, slots, known, asked):
         positions: Rows of the table.
         slots: How many of them may belong to tokens other than patches, the likeliest first.
         known: The size that the file's configuration gives, or None.
-        asked: The size the user asks for, or None; taken if its grid fits and is not square, for
-            a file cannot tell 3 x 6 patches from 2 x 9.
+        asked: The size the user asks for, or None; taken if its grid fits where no square one
+            does, for a file cannot tell 3 x 6 patches from 2 x 9.
 
     Returns:
         `(height, width)` in pixels.
 
     Raises:
-        ValueError: No size fits the table.
+        ValueError: No size fits the table, or two that the file cannot tell apart.
     """
     stride = _stride(config)
     patches = [positions - n for n in slots]
+
+    def place(size):
+        """Which of the slots are left beside this size's patches; None if none are."""
+        count = math.prod(_grid(config, size))
+        return patches.index(count) if count in patches else None
+
     squares = [(math.isqrt(n) * stride,) * 2 for n in patches if n > 0]
-    for size in (known, *squares, asked):
-        if size is not None:
-            rows, columns = _grid(config, size)
-            if rows * columns in patches:
-                if config.stem_units is not None:  # which pads: the size need not divide
-                    return check_image_size(size)
-                return rows * stride, columns * stride
-    raise checkpoint.error(
-        f"its {positions} positions are of no square grid of patches: pass the `image_size` "
-        f"(height, width) that it was made for. Received: image_size={asked}."
-    )
+    fitting = [s for s in (known, *squares, asked) if s is not None and place(s) is not None]
+    if not fitting:
+        raise checkpoint.error(
+            f"its {positions} positions are of no square grid of patches: pass the `image_size` "
+            f"(height, width) that it was made for. Received: image_size={asked}."
+        )
+    size = fitting[0]
+    if size != known and asked in fitting and place(asked) < place(size):
+        ours, theirs = ("{} x {} patches".format(*_grid(config, s)) for s in (size, asked))
+        raise checkpoint.error(
+            f"its {positions} positions may be of {ours}, or of {theirs} and other tokens. If the "
+            "first, load it without `image_size` and resize the model (`resize_model`); if the "
+            f"other, a config.json beside it must say its size. Received: image_size={asked}."
+        )
+    if config.stem_units is not None:  # which pads: the size need not divide
+        return check_image_size(size)
+    rows, columns = _grid(config, size)
+    return rows * stride, columns * stride
 
 
 def head_count(checkpoint, hidden_dim, known, asked):

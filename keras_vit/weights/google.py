@@ -151,7 +151,8 @@ def describe(checkpoint, num_heads=None, image_size=None):
     known, assumed = checkpoint.config.get("image_size"), {}
     if positions in tensors:
         _, length, _ = checkpoint.shape(positions, 3)
-        slots = (1, 0) if class_token else (0,)
+        # big_vision adds its positions to patches alone, before the class token stands there.
+        slots = (int(class_token and "posembed_input" in tensors[positions].name),)
         image_size = file_image_size(checkpoint, config, length, slots, known, image_size)
     elif image_size is None:
         image_size = known or 224

@@ -6,7 +6,8 @@ import warnings
 import keras
 import numpy as np
 
-from keras_vit.model import build_vit, vit_arguments
+from keras_vit.config import check_positive_int
+from keras_vit.model import build_vit, check_whole, vit_arguments
 from keras_vit.positions import resize_positions
 from keras_vit.weights import google, huggingface, lucidrains, timm
 from keras_vit.weights.checkpoint import listed, open_checkpoint
@@ -64,6 +65,8 @@ def from_checkpoint(
     Warns:
         UserWarning: The file does not say an argument, and a family's habit was taken.
     """
+    if num_heads is not None:
+        check_positive_int("num_heads", num_heads)
     checkpoint, family = _open(path)
     description = _description(checkpoint, family, num_heads, image_size)
     arguments = dict(description.arguments)
@@ -147,6 +150,7 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
         ValueError: `model` is not of `build_vit`, or has other layers too, or a head with an
             activation; or the size does not divide into patches.
     """
+    check_whole(model)
     arguments = vit_arguments(model)
     new_arguments = {**arguments, "image_size": image_size}
     policy = keras.config.dtype_policy()
@@ -155,7 +159,6 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
         new = build_vit(**new_arguments)
     finally:
         keras.config.set_dtype_policy(policy)
-    _check_is_all(model, new)
     old_weights = weights_by_path(model)
     for name, weight in weights_by_path(new).items():
         value = keras.ops.convert_to_numpy(old_weights[name].value)
@@ -167,27 +170,6 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
     for name, weight in weights_by_path(new).items():
         weight.trainable = old_weights[name].trainable
     return new
-
-
-def _check_is_all(model, made):
-    """ValueError unless `build_vit`, which `made` the same anew, made all of a model."""
-    known = {layer.name for layer in made.layers}
-    added = [
-        layer.name
-        for layer in model.layers
-        if not isinstance(layer, keras.layers.InputLayer)
-        and (layer.name not in known or _has_activation(layer))
-    ]
-    if added:
-        raise ValueError(
-            "`model` must be as `build_vit` makes it: resize that, and put the rest on it again. "
-            f"Received: a model with layers of its own, {added}."
-        )
-
-
-def _has_activation(layer):
-    is_head = layer.name in ("head", "head_distillation")
-    return is_head and layer.activation is not keras.activations.linear
 
 
 def _open(path):

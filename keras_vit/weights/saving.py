@@ -1,6 +1,7 @@
 """Models into checkpoints of other code."""
 
 import json
+import pathlib
 import zipfile
 
 import keras
@@ -8,7 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 from keras_vit.files import check_new, replacing
-from keras_vit.model import vit_arguments
+from keras_vit.model import check_whole, vit_arguments
 from keras_vit.positions import sincos2d
 from keras_vit.weights import google, timm
 from keras_vit.weights.checkpoint import listed
@@ -42,8 +43,8 @@ def save_checkpoint(model, path, family, *, overwrite=False):
         overwrite: Whether to replace a file that is there.
 
     Raises:
-        ValueError: The family has no place for one of the model's parts, `path` has another
-            suffix than the family's, or exists.
+        ValueError: The model is not as `build_vit` makes it, the family has no place for one of
+            its parts, `path` has another suffix than the family's, or exists.
     """
     writers = {"google": (google, ".npz", _write_npz), "timm": (timm, ".safetensors", _write_timm)}
     if family not in writers:
@@ -51,7 +52,9 @@ def save_checkpoint(model, path, family, *, overwrite=False):
     module, suffix, write = writers[family]
     if not str(path).endswith(suffix):
         raise ValueError(f"A {family} checkpoint must end in {suffix}. Received: {path}.")
+    path = pathlib.Path(path).expanduser()
     check_new(path, overwrite, "pass overwrite=True")
+    check_whole(model)
     arguments = vit_arguments(model)
     arrays = {
         name: keras.ops.convert_to_numpy(weight.value).astype("float32")
@@ -80,8 +83,9 @@ def _check_saveable(family, arguments, weights):
         wrong.append(f"pooling={pooling!r} (expected {' or '.join(family.POOLINGS)})")
     elif bool(prefix) not in family.POOLINGS[pooling]:
         wrong.append(f"pooling={pooling!r} beside a class token or registers")
-    if arguments["variant"].head_dim is not None:
-        wrong.append(f"head_dim={arguments['variant'].head_dim} (expected None)")
+    config = arguments["variant"]
+    if config.head_dim not in (None, config.hidden_dim / config.num_heads):
+        wrong.append(f"head_dim={config.head_dim} (expected None)")
     wrong += sorted(set(weights) - set(family.entries(weights, arguments)))
     if wrong:
         raise ValueError(

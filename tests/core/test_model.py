@@ -10,6 +10,7 @@ from conftest import randomise
 
 import keras_vit
 from keras_vit import VARIANTS, ViTConfig, build_vit
+from keras_vit.model import check_whole
 
 CONFIG = ViTConfig(hidden_dim=32, depth=2, num_heads=2, mlp_dim=48, patch_size=4)
 
@@ -327,6 +328,55 @@ def test_skip_unread_tokens_leaves_other_poolings_alone(pooling):
     assert keras_vit.skip_unread_tokens(model) is model
 
 
+def test_skip_unread_tokens_with_layers_of_ones_own():
+    """They may follow the output, but not read the tokens that would be left out."""
+    vit = randomise(build_vit(CONFIG, image_size=8, num_classes=7))
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype("float32")
+    model = keras.Model(vit.input, keras.layers.Softmax()(vit.output))
+    fast = keras_vit.skip_unread_tokens(model)
+    np.testing.assert_allclose(fast(x), model(x), rtol=1e-5)
+    mean = keras.layers.GlobalAveragePooling1D(name="mean")
+    for name in ("block_1", "encoder_norm"):
+        tokens = vit.get_layer(name).output
+        with pytest.raises(ValueError, match=r"read by the model's own pooling.*'mean' reads them"):
+            keras_vit.skip_unread_tokens(keras.Model(vit.input, [vit.output, mean(tokens)]))
+        with pytest.raises(ValueError, match=r"whose 'output' reads them"):
+            keras_vit.skip_unread_tokens(keras.Model(vit.input, [vit.output, tokens]))
+
+
+def test_skip_unread_tokens_of_a_quantized_model():
+    vit = randomise(build_vit(CONFIG, image_size=8, num_classes=7))
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype("float32")
+    fast = keras_vit.skip_unread_tokens(vit)
+    vit.quantize("int8")
+    np.testing.assert_allclose(fast(x), vit(x), rtol=1e-3, atol=1e-3)
+
+
+def test_check_whole_knows_all_layers():
+    hybrid = keras_vit.ViTConfig(24, 1, 3, 40, 1, stem_units=(1,), stem_width=32)
+    for arguments in (
+        {"distillation_token": True, "norm_after_pooling": True, "normalization": "imagenet"},
+        {"pooling": "map", "representation_size": 11},
+    ):
+        check_whole(build_vit(hybrid, image_size=8, num_classes=7, **arguments))
+
+
+@pytest.mark.parametrize("normalization", ["imagenet", "minus_one_one"])
+def test_normalization_is_along_the_last_axis(normalization):
+    """Whatever `image_data_format` says, with as many rows as channels, too."""
+    x = np.random.default_rng(0).uniform(0, 255, (2, 3, 6, 3)).astype("float32")
+    config = dataclasses.replace(CONFIG, patch_size=3)
+    model = randomise(build_vit(config, image_size=(3, 6), normalization=normalization))
+    expected = keras.ops.convert_to_numpy(model(x))
+    before = keras.config.image_data_format()
+    keras.config.set_image_data_format("channels_first")
+    try:
+        found = keras.ops.convert_to_numpy(model(x))
+    finally:
+        keras.config.set_image_data_format(before)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_skip_unread_tokens_error():
     inputs = keras.Input((8, 8, 3))
     with pytest.raises(ValueError, match=r"must be one that `keras_vit.build_vit` made"):
@@ -426,7 +476,8 @@ def test_training_reduces_the_loss():
             ValueError,
             r"distillation token needs .*representation_size=5",
         ),
-        ({"num_registers": -1}, ValueError, r"`num_registers` must be >= 0.*-1"),
+        ({"num_registers": -1}, ValueError, r"`num_registers` must be an int of at least 0.*-1"),
+        ({"layer_norm_epsilon": -1.0}, ValueError, r"finite number from 0 on.*epsilon=-1.0"),
         ({"position": "rope"}, ValueError, r"`position` must be one of.*'rope'"),
         ({"representation_size": 0}, ValueError, r"`representation_size` must be a positive"),
         ({"dropout": 1.0}, ValueError, r"`dropout` must be in \[0, 1\).*dropout=1.0"),
@@ -455,6 +506,8 @@ def test_errors(arguments, error, match):
         ({"mlp_dim": 1.5}, r"`mlp_dim` must be a positive int.*1.5"),
         ({"head_dim": 0}, r"`head_dim` must be a positive int.*head_dim=0"),
         ({"num_heads": True}, r"`num_heads` must be a positive int.*True"),
+        ({"stem_units": 3}, r"`stem_units` must be None or a tuple of positive ints.*=3"),
+        ({"stem_units": (3,), "stem_width": 40}, r"`stem_width` must be a multiple of 32.*=40"),
         ({"stem_units": (3, 0)}, r"`stem_units` must be a positive int.*0"),
     ],
 )

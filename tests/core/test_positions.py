@@ -99,6 +99,13 @@ def test_resize_model(arguments, placed):
             np.testing.assert_array_equal(after, before)
 
 
+def test_table_of_another_grid():
+    """With the class token's position in it, as the table of 4 x 4 patches."""
+    for new in ((3, 5), (5, 3)):
+        with pytest.raises(ValueError, match=r"of the shape \(3 \* 5, D\).*\(16, 24\)"):
+            resize_positions(np.zeros((16, 24)), (3, 5), new, "linear")
+
+
 def test_resize_model_keeps_what_has_no_table():
     """sincos2d positions are those of the new grid; the dtype policy is the model's."""
     before = keras.config.dtype_policy()

@@ -228,7 +228,7 @@ def test_recognised_architecture(name, expected):
 def test_normalisation_of_the_family(name, scale):
     model = keras_vit.from_checkpoint(weights_file(name), num_heads=3)
     layers = {layer.name: layer for layer in model.layers}
-    found = layers["normalization"].scale[0] if "normalization" in layers else None
+    found = np.ravel(layers["normalization"].scale)[0] if "normalization" in layers else None
     assert found == pytest.approx(scale)
 
 
@@ -258,6 +258,53 @@ def test_non_square_positions_ask_for_the_image_size():
         keras_vit.from_checkpoint(path, num_heads=3)
     with pytest.raises(ValueError, match=r"no square grid.*image_size=\(24, 24\)"):
         keras_vit.from_checkpoint(path, num_heads=3, image_size=(24, 24))
+
+
+def without_facts(path, to):
+    """A file of `save_checkpoint` as other code writes it: with nothing but its tensors."""
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            np.savez(to, **file)
+    else:
+        safetensors.numpy.save_file(safetensors.numpy.load_file(path), to)
+    return to
+
+
+def test_grid_beside_a_class_position_that_makes_a_square(tmp_path):
+    """3 x 5 patches and a class token have 16 positions, as 4 x 4 patches without one."""
+    size = {"image_size": (12, 20)}
+    model = randomise(keras_vit.build_vit(CONFIG, num_classes=7, gelu="tanh", **size))
+    images = np.random.default_rng(0).normal(size=(2, 12, 20, 3)).astype("float32")
+    keras_vit.save_checkpoint(model, tmp_path / "vit.npz", "google")
+    path = without_facts(tmp_path / "vit.npz", tmp_path / "bare.npz")
+    # vision_transformer's name of the table says that the class token is in it.
+    again = keras_vit.from_checkpoint(path, normalization=None, **size)
+    np.testing.assert_array_equal(predict(again, images), predict(model, images))
+    with pytest.raises(ValueError, match=r"16 positions are of no square grid"):
+        keras_vit.from_checkpoint(path)
+    # timm's says nothing.
+    keras_vit.save_checkpoint(model, tmp_path / "vit.safetensors", "timm")
+    path = without_facts(tmp_path / "vit.safetensors", tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match=r"may be of 4 x 4 patches, or of 3 x 5 patches and other"):
+        keras_vit.from_checkpoint(path, num_heads=3, **size)
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"input_size": [3, 12, 20]}}')
+    facts = {"num_heads": 3, "gelu": "tanh", "normalization": None}
+    again = keras_vit.from_checkpoint(path, **facts, **size)
+    np.testing.assert_array_equal(predict(again, images), predict(model, images))
+
+
+def test_null_in_a_configuration_says_nothing(tmp_path):
+    shutil.copy(weights_file("timm_token"), tmp_path / "model.safetensors")
+    facts = {"architecture": None, "model_args": {"act_layer": None}, "layer_norm_eps": None}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.warns(UserWarning, match="does not say its normalization"):
+        found = vit_arguments(keras_vit.from_checkpoint(tmp_path, num_heads=3))
+    assert (found["gelu"], found["layer_norm_epsilon"]) == ("erf", 1e-6)
+
+
+def test_head_count_of_zero():
+    with pytest.raises(ValueError, match=r"`num_heads` must be a positive int.*num_heads=0"):
+        keras_vit.from_checkpoint(weights_file("lucidrains_vit_headdim"), num_heads=0)
 
 
 # Other spellings of the same weights: the logits stay.
@@ -724,6 +771,33 @@ def test_free_head_width_cannot_be_saved(tmp_path):
     model = keras_vit.build_vit(config, image_size=8)
     with pytest.raises(ValueError, match=r"no place.*head_dim=5 \(expected None\)"):
         keras_vit.save_checkpoint(model, tmp_path / "vit.safetensors", "timm")
+
+
+def test_usual_head_width_may_be_said(tmp_path):
+    config = keras_vit.ViTConfig(24, 1, 3, 40, 4, head_dim=8)
+    model = keras_vit.build_vit(config, image_size=8, num_classes=7)
+    keras_vit.save_checkpoint(model, tmp_path / "vit.safetensors", "timm")
+    assert keras_vit.from_checkpoint(tmp_path / "vit.safetensors").output_shape == (None, 7)
+
+
+def test_no_part_of_a_model_is_left_out(tmp_path):
+    vit = keras_vit.build_vit(CONFIG, image_size=8, num_classes=0)
+    head = keras.layers.Dense(7, activation="softmax", name="head")
+    path = tmp_path / "vit.safetensors"
+    with pytest.raises(ValueError, match=r"layers of its own, \['head'\]"):
+        keras_vit.save_checkpoint(keras.Model(vit.input, head(vit.output)), path, "timm")
+    outputs = [vit.output, vit.get_layer("encoder_norm").output]
+    with pytest.raises(ValueError, match=r"a model with 2 outputs"):
+        keras_vit.save_checkpoint(keras.Model(vit.input, outputs), path, "timm")
+    assert not path.exists()
+
+
+def test_path_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = keras_vit.build_vit(CONFIG, image_size=8, num_classes=7)
+    keras_vit.save_checkpoint(model, "~/vit.safetensors", "timm")
+    assert keras_vit.from_checkpoint("~/vit.safetensors").output_shape == (None, 7)
+    assert (tmp_path / "vit.safetensors").exists()
 
 
 def test_saving_errors(tmp_path):
