@@ -140,11 +140,18 @@ def _nested(model):
 
 
 def _error(deployment):
-    """The largest difference from the Keras model on an image of noise, over the largest output."""
+    """The largest difference from the Keras model on images of noise, over the largest output.
+
+    Of noise in [0, 255] and in [-1, 1], as models take either.
+    """
     shape = deployment.model.inputs[0].shape[1:]
-    image = np.random.default_rng(0).uniform(0, 255, (1, *shape)).astype("float32")
-    expected = np.asarray(deployment.model(image, training=False))
-    result = np.asarray(tf.function(deployment, autograph=False)(tf.constant(image)))
-    if result.shape != expected.shape:
-        return np.inf
-    return float(np.abs(result - expected).max() / max(np.abs(expected).max(), 1e-6))
+    noise = np.random.default_rng(0).uniform(0, 1, (1, *shape))
+    compute, errors = tf.function(deployment, autograph=False), []
+    for image in (255 * noise, 2 * noise - 1):
+        image = image.astype("float32")
+        expected = np.asarray(deployment.model(image, training=False))
+        result = np.asarray(compute(tf.constant(image)))
+        if result.shape != expected.shape:
+            return np.inf
+        errors.append(np.abs(result - expected).max() / max(np.abs(expected).max(), 1e-6))
+    return float(max(errors))

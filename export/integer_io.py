@@ -43,6 +43,7 @@ def with_integer_io(content, dtype, calibration, is_probability):
     else:
         name = graph.tensors[output].name.decode()
         low, high = (float(limit.item()) for limit in calibration.ranges[name])
+        low, high = min(low, 0.0), max(high, 0.0, low + 1e-6)  # 0 is among what integers stand for
         scale = (high - low) / (_LEVELS - 1)
     if is_integer:
         last.opcodeIndex = _quantize_code(model)

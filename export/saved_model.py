@@ -46,8 +46,8 @@ def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
     images are is not known. Left out is `features` where there is no such layer.
 
     Args:
-        model: functional `keras.Model`, images (B, H, W, C) -> logits (B, classes), without a
-            softmax of its own.
+        model: functional `keras.Model`, images (B, H, W, C) -> logits (B, classes); after a
+            softmax of its own, `serve_bytes` takes no other.
         path: folder to write.
         labels: optional sequence of class names; without them `classes` are the indices.
         top: how many classes `serve_bytes` names, at least 1; all of them if there are fewer.
@@ -141,8 +141,9 @@ def _bytes_endpoint(model, labels, top):
         pixels = tf.TensorSpec((*image_size, 3), tf.uint8)
         with tf.device("CPU:0"):  # a GPU would get each byte that is looked at on its own
             images = tf.map_fn(read, encoded, fn_output_signature=pixels)
-        logits = tf.cast(model(tf.cast(images, tf.float32), training=False), tf.float32)
-        probabilities, indices = tf.math.top_k(tf.nn.softmax(logits), k=min(top, classes))
+        scores = tf.cast(model(tf.cast(images, tf.float32), training=False), tf.float32)
+        probabilities = scores if ends_in_softmax(model) else tf.nn.softmax(scores)
+        probabilities, indices = tf.math.top_k(probabilities, k=min(top, classes))
         return {
             "probabilities": probabilities,
             "classes": tf.gather(tf.constant(names), indices),
@@ -173,18 +174,34 @@ def takes_pixels(model):
 
 def normalizes(model):
     """Whether a model takes images in [0, 255], of any number of channels."""
-    return any(map(_is_normalization, model.layers))
+    return bool(_scales_pixels_down(model))
 
 
-def _is_normalization(layer):
-    """Whether a layer, or one of a model used as a layer, scales [0, 255] down.
+def _scales_pixels_down(model):
+    """Whether the first `Rescaling` scales [0, 255] down; None if weights come before any.
 
     The scale is 1 / (255 std), of which no std in use makes more than 0.1. For pixels in [0, 1] it
-    would be 1 / std, at least 1; other scales are of something else, such as a temperature.
+    would be 1 / std, at least 1.
     """
-    if isinstance(layer, keras.Model):
-        return any(map(_is_normalization, layer.layers))
-    return isinstance(layer, keras.layers.Rescaling) and bool(np.all(np.less(layer.scale, 0.1)))
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Rescaling):
+            return bool(np.all(np.less(layer.scale, 0.1)))
+        if isinstance(layer, keras.Model):
+            inner = _scales_pixels_down(layer)
+            if inner is not None or layer.weights:
+                return inner
+        elif layer.weights:
+            return None
+    return None
+
+
+def ends_in_softmax(model):
+    """Whether a model gives probabilities rather than logits."""
+    last = model.layers[-1]
+    if isinstance(last, keras.Model):
+        return ends_in_softmax(last)
+    activation = getattr(last, "activation", None)
+    return isinstance(last, keras.layers.Softmax) or activation is keras.activations.softmax
 
 
 def _heads(model):

@@ -1,10 +1,9 @@
 """Which layers quantization costs most, and a higher precision for those that cost too much."""
 
-import os
-
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
+from .benchmark import available_cores
 from .quantization import FALLBACKS, RULES
 
 _IMAGES = 16
@@ -125,7 +124,7 @@ def quantize_within(
 
 def run(content, images):
     """Runs a `.tflite` file with float32 images (N, H, W, C), one by one -> (N, classes)."""
-    interpreter = Interpreter(model_content=bytes(content), num_threads=os.cpu_count())
+    interpreter = Interpreter(model_content=bytes(content), num_threads=available_cores())
     interpreter.allocate_tensors()
     (image,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
     logits = []

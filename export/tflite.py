@@ -24,6 +24,7 @@ from .saved_model import (
     check_labels,
     check_model,
     check_target,
+    ends_in_softmax,
     normalizes,
     write_endpoints,
 )
@@ -122,6 +123,11 @@ def export_tflite(
             f'`activation` must be None or "softmax". Received: activation={activation!r}.'
         )
     check_model(model)
+    if activation is not None and ends_in_softmax(model):
+        raise ValueError(
+            "`activation` must be None for a model that ends in a softmax. Received: "
+            f"activation={activation!r}."
+        )
     labels = check_labels(labels, model)
     path = pathlib.Path(path)
     if path.suffix != ".tflite":
@@ -132,9 +138,10 @@ def export_tflite(
     _check_io_dtype(io_dtype, mode)
     arrays = {"images": _calibration_images(calibration, mode, model.inputs[0].shape[1:])}
     arrays |= _held_out(held_out, max_drop, mode, model)
-    if max_drop is not None and not 0 <= job["min_agreement"] <= 1:
+    if min_agreement is not None and (max_drop is None or not 0 <= min_agreement <= 1):
         raise ValueError(
-            f"`min_agreement` must be in [0, 1]. Received: min_agreement={min_agreement}."
+            "`min_agreement` must be in [0, 1], and goes with `max_drop`. Received: "
+            f"min_agreement={min_agreement}, max_drop={max_drop}."
         )
     with full_float32():
         deployment = _for_mode(deploy(as_float32(model)), mode, arrays["images"])
@@ -174,10 +181,15 @@ def _held_out(held_out, max_drop, mode, model):
             "`held_out` and `max_drop` go together. Received: "
             f"held_out={'images' if held_out is not None else None}, max_drop={max_drop}."
         )
-    if max_drop is None or mode not in _QUANTIZED_MODES:
+    if max_drop is None:
         return {}
     if not 0 <= max_drop <= 100:
         raise ValueError(f"`max_drop` must be in [0, 100] %. Received: max_drop={max_drop}.")
+    if not isinstance(held_out, (tuple, list)) or len(held_out) != 2:
+        raise ValueError(
+            "`held_out` must be a pair of images and labels. "
+            f"Received: held_out of type {type(held_out).__name__}."
+        )
     images, labels = (np.asarray(array) for array in held_out)
     shape, classes = tuple(model.inputs[0].shape[1:]), model.outputs[0].shape[-1]
     if images.shape[1:] != shape or labels.shape != images.shape[:1] or len(images) < 2:
@@ -192,7 +204,9 @@ def _held_out(held_out, max_drop, mode, model):
             f"The labels must be classes in [0, {classes}). Received: values from {labels.min()} "
             f"to {labels.max()}."
         )
-    return {"held_out": images, "labels": labels}
+    if not np.isfinite(images).all():
+        raise ValueError("`held_out` must be finite. Received: images with NaN or infinity.")
+    return {"held_out": images, "labels": labels} if mode in _QUANTIZED_MODES else {}
 
 
 def _calibration_images(calibration, mode, shape):
@@ -209,6 +223,12 @@ def _calibration_images(calibration, mode, shape):
     if isinstance(calibration, tf.data.Dataset):
         if isinstance(calibration.element_spec, tuple):
             calibration = calibration.map(lambda images, *_: images)
+        endless = calibration.cardinality() == tf.data.INFINITE_CARDINALITY
+        if endless or not isinstance(calibration.element_spec, tf.TensorSpec):
+            raise ValueError(
+                "`calibration` must be a dataset of images, or of images and more, that ends. "
+                f"Received: {'an endless one' if endless else calibration.element_spec}."
+            )
         batches = [np.asarray(batch) for batch in calibration.as_numpy_iterator()]
         calibration = [
             image for batch in batches for image in (batch if batch.ndim == 4 else [batch])

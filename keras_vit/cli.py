@@ -60,16 +60,21 @@ class SplitName(str, enum.Enum):
 
 
 def main():
-    """Runs the command; an error is one line on stderr and exit status 1, a warning one line."""
+    """Runs the command; an error is a message on stderr and exit status 1, a warning one line."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
-    except ModuleNotFoundError as error:
-        sys.exit(f'error: {error}. Install what the command needs: pip install "keras-vit[all]"')
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
+    except Exception as error:
         if os.environ.get("KERAS_VIT_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        if isinstance(error, ModuleNotFoundError):
+            install = 'Install what the command needs: pip install "keras-vit[all]"'
+            sys.exit(f"error: {error}. {install}")
+        if isinstance(error, (ValueError, TypeError, ArithmeticError, RuntimeError, OSError)):
+            sys.exit(f"error: {error}")
+        if type(error).__module__.startswith("tensorflow."):  # such as that of too little memory
+            sys.exit(f"error: {type(error).__name__}: {error}")
+        raise
 
 
 @app.command()
@@ -294,9 +299,10 @@ def evaluate(
 
     run = load_run(run)
     images = run.data(data, skip_unreadable)
-    result = evaluate(run.model(), getattr(images, split.value), run.class_names)
     name = split.value if data is None else f"{run_name(data)}-{split.value}"
     folder = run.folder / "evaluation" / name
+    _check_same_images(folder / "evaluation.json", images.name)
+    result = evaluate(run.model(), getattr(images, split.value), run.class_names)
     result.save(folder, data=images.name, split=split.value)
     table = Table("class", title=f"{split.value} images of {escape(images.name)}")
     for column in ("images", "precision", "recall", "f1"):
@@ -526,7 +532,7 @@ def export(
             io_dtype=io_dtype,
             held_out=chosen_by,
             max_drop=max_drop,
-            min_agreement=min_agreement,
+            min_agreement=None if max_drop is None else min_agreement,
         )
         files = {name: report.path for name, report in reports.items()}
         result = verify(model, files, held_out, labels, limits=limits, exports=reports)
@@ -595,6 +601,17 @@ def export_files(run, model, folder, modes, **options):
         else:
             reports[name] = export_tflite(model, path, mode=name, **options)
     return reports
+
+
+def _check_same_images(path, name):
+    """ValueError if the evaluation that stands at a path is of other data of the same name."""
+    if not path.exists():
+        return
+    other = json.loads(path.read_text(encoding="utf-8"))["data"]
+    if other != name:
+        raise ValueError(
+            f"{path.parent} has the result on {other}: rename it, or the data. Received: {name}."
+        )
 
 
 def run_name(data):

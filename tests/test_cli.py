@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,46 @@ def test_evaluate(digits_run, tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert names == {"evaluation.json", "per_class.csv", "confusion.png", "mistakes.png"}
     assert json.loads((folder / "evaluation.json").read_text())["data"] == "digits"
+
+
+def test_evaluation_of_other_data_stays(digits_run, tmp_path):
+    folder = shutil.copytree(digits_run.folder, tmp_path / "run")
+    path = folder / "evaluation" / "test" / "evaluation.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"data": "folder:/other/photos"}')
+    said = error_of("evaluate", folder)
+    assert re.search(r"has the result on folder:/other/photos: rename it.*Received: digits", said)
+    assert path.read_text() == '{"data": "folder:/other/photos"}'
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            tf.errors.ResourceExhaustedError(None, None, "OOM when allocating"),
+            "error: ResourceExhaustedError: OOM when allocating",
+        ),
+        (ModuleNotFoundError("No module named 'x'"), "error: No module named 'x'. Install what"),
+    ],
+)
+def test_error_of_a_library_is_a_message(error, said, monkeypatch):
+    def app():
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    assert error_of().startswith(said)
+    monkeypatch.setenv("KERAS_VIT_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        cli.main()
+
+
+def test_mistake_of_ours_is_a_traceback(monkeypatch):
+    def app():
+        raise KeyError("ours")
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(KeyError):
+        error_of()
 
 
 def test_predict_names_digits(digits_run, tmp_path):

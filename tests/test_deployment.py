@@ -362,6 +362,8 @@ def test_calibration_images_come_in_any_form(make):
         (np.zeros((0, 24, 40, 3)), r"`calibration` must be images.*shape=\(0, 24, 40, 3\)"),
         (np.zeros((2, 40, 24, 3)), r"\(N, 24, 40, 3\), N >= 1.*shape=\(2, 40, 24, 3\)"),
         (np.full((2, 24, 40, 3), np.nan), "`calibration` must be finite"),
+        (tf.data.Dataset.from_tensors(np.zeros((2, 24, 40, 3))).repeat(), "that ends.*an endless"),
+        (tf.data.Dataset.from_tensors({"x": 0.0}), "must be a dataset of images, .*'x'"),
     ],
 )
 def test_calibration_errors(calibration, match, tmp_path):

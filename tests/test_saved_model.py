@@ -422,6 +422,28 @@ def small_classifier(channels=3, scale=None, nested=False, dense=True):
     return randomise(keras.Model(images, x))
 
 
+def from_unit_range(model):
+    return keras.Sequential([keras.Input(IMAGE_SHAPE), keras.layers.Rescaling(255), model])
+
+
+def with_temperature(model):
+    return keras.Model(model.input, keras.layers.Rescaling(0.05)(model.output))
+
+
+def test_no_softmax_comes_after_one(tmp_path):
+    logits = build()
+    model = keras.Model(logits.input, keras.layers.Softmax()(logits.output))
+    image = np.random.default_rng(0).integers(0, 256, IMAGE_SHAPE, "uint8")
+    contents = [encode(image, "PNG")]
+    for folder, each in (("logits", logits), ("softmax", model)):
+        served = export_signatures(each, tmp_path / folder, top=3)["serve_bytes"]
+        best = served(contents)["probabilities"]
+        expected = np.sort(model.predict(image[None].astype("float32"), verbose=0))[:, :-4:-1]
+        np.testing.assert_allclose(best, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"must be None for a model that ends in a softmax"):
+        export.export_tflite(model, tmp_path / "vit.tflite", mode="fp32", activation="softmax")
+
+
 @pytest.mark.parametrize(
     ("make", "names"),
     [
@@ -434,6 +456,8 @@ def small_classifier(channels=3, scale=None, nested=False, dense=True):
         (lambda: small_classifier(scale=1 / 255, dense=False), {"serve_bytes"}),
         (lambda: small_classifier(scale=1 / 127.5, nested=True), {"serve_bytes", "features"}),
         (lambda: keras.Sequential([keras.Input(IMAGE_SHAPE), build()]), {"serve_bytes"}),
+        (lambda: from_unit_range(build()), set()),
+        (lambda: with_temperature(build(normalization=None)), {"features"}),
     ],
     ids=[
         "normalised",
@@ -445,6 +469,8 @@ def small_classifier(channels=3, scale=None, nested=False, dense=True):
         "no dense",
         "nested",
         "wrapped",
+        "from [0, 1]",
+        "temperature",
     ],
 )
 def test_signatures_of_other_models(tmp_path, make, names):

@@ -310,7 +310,18 @@ HELD_OUT = (random_images(5), np.arange(5))
         (
             {"held_out": HELD_OUT, "max_drop": 1, "min_agreement": 1.5},
             ValueError,
-            r"in \[0, 1\]. Received: min_agreement=1.5",
+            r"in \[0, 1\], and goes with `max_drop`. Received: min_agreement=1.5",
+        ),
+        ({"min_agreement": 0.9}, ValueError, r"min_agreement=0.9, max_drop=None"),
+        (
+            {"held_out": HELD_OUT[0], "max_drop": 1},
+            ValueError,
+            r"`held_out` must be a pair of images and labels.*ndarray",
+        ),
+        (
+            {"held_out": (np.full_like(HELD_OUT[0], np.nan), np.arange(5)), "max_drop": 1},
+            ValueError,
+            r"`held_out` must be finite",
         ),
         (
             {"held_out": (HELD_OUT[0][:, :8], np.arange(5)), "max_drop": 1},

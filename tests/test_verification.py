@@ -160,11 +160,13 @@ def test_outputs_are_not_overwritten(verification, tmp_path):
     for write, suffix in zip(writers, ("json", "md", "png"), strict=True):
         path = tmp_path / f"check.{suffix}"
         write(path)
-        before = path.read_bytes()
+        written = path.read_bytes()
+        path.write_text("mine")
         with pytest.raises(ValueError, match=f"check.{suffix} exists already: pass overwrite"):
             write(path)
+        assert path.read_text() == "mine"
         write(path, overwrite=True)
-        assert path.read_bytes() == before
+        assert path.read_bytes() == written
     assert len(list(tmp_path.iterdir())) == 3
 
 
