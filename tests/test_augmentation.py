@@ -333,6 +333,8 @@ class TestGeometry:
         ("shift", 1, r"in \[0, 1\)"),
         ("rand_augment", 2, r"\(num_ops, magnitude\), a positive int and a number in \[0, 10\]"),
         ("rand_augment", (0, 9), r"\(num_ops, magnitude\)"),
+        ("rand_augment", (True, 9), r"\(num_ops, magnitude\)"),
+        ("rand_augment", (2, None), r"\(num_ops, magnitude\)"),
         ("rand_augment", (2, 15), r"\(num_ops, magnitude\)"),
         ("erasing", -0.1, r"in \[0, 1\]"),
     ],

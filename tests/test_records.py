@@ -155,6 +155,22 @@ class TestFolderOfRecords:
         assert data.class_names == (("a", "b", "c") if lines else ("1", "2", "3"))
         assert [label for _, label in grays(data.train)] == expected
 
+    def test_names_of_a_careless_editor(self, tmp_path):
+        """A byte order mark, and empty lines at the end."""
+        for name in SPLITS:
+            write_split(tmp_path, f"{name}.tfrecord", [1, 2])
+        (tmp_path / "labels.txt").write_text("a\nb\n\n", encoding="utf-8-sig")
+        data = load(tmp_path)
+        assert data.class_names == ("a", "b")
+        assert [label for _, label in grays(data.train)] == [0, 1]
+
+    @pytest.mark.parametrize("lines", ["a\n\nb\n", "a\nb\na\n"])
+    def test_names_must_differ(self, tmp_path, lines):
+        write_split(tmp_path, "train.tfrecord", [0, 1, 2])
+        (tmp_path / "labels.txt").write_text(lines)
+        with pytest.raises(ValueError, match=r"labels.txt must have another name in each line"):
+            load(tmp_path)
+
     @pytest.mark.parametrize("keys", [("image", "label"), ("jpg", "label")])
     def test_other_keys(self, tmp_path, keys):
         for name in SPLITS:

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import rich.console
 import safetensors.numpy
+import tensorflow as tf
 from PIL import Image
 from typer.testing import CliRunner
 
 from keras_vit import ViTConfig, build_vit, cli
+from keras_vit.data import load_data
 from keras_vit.training import (
     DistributedModel,
     Recipe,
@@ -31,7 +33,8 @@ from keras_vit.training import (
 )
 from keras_vit.training.callbacks import BestModel, Checkpoints
 from keras_vit.training.checkpoints import load_state, restore_state, save_state, state_variables
-from keras_vit.training.trainer import _check_batch, _fit_batch
+from keras_vit.training.fitting import lost_workers
+from keras_vit.training.trainer import _check_batch, _check_same_data, _fit_batch
 from keras_vit.weights import save_checkpoint
 
 CONFIG = ViTConfig(hidden_dim=8, depth=1, num_heads=2, mlp_dim=12, patch_size=4)
@@ -243,7 +246,93 @@ def test_finished_run_stays_as_it_is(uninterrupted, capsys):
     assert contents() == before
 
 
+def test_all_devices_of_a_machine_train_as_one(tmp_path, uninterrupted):
+    """Each of the four has its part of a batch, and of the last one of the validation."""
+    run = train_small(tmp_path / "run", strategy="mirrored")
+    assert run.info["replicas"] == 4
+    assert run.info["data"]["validation"] % run.info["recipe"]["batch_size"] > 0
+    weights = (each.model("last").weights for each in (run, uninterrupted))
+    for weight, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(weight, other, rtol=0, atol=1e-5)
+    rows, others = history(run.folder), history(uninterrupted.folder)
+    for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
+        values = [[float(row[name]) for row in table] for table in (rows, others)]
+        np.testing.assert_allclose(*values, rtol=0, atol=1e-5)
+
+
 # SIGTERM.
+
+
+@pytest.mark.parametrize(
+    ("signalled", "writes", "stops_at"),
+    [
+        (7, True, 7),  # whoever writes stops at once,
+        (7, False, 10),  # and others when all ask,
+        (None, True, 10),  # as one does that hears it of another.
+        (None, False, 10),
+    ],
+)
+def test_workers_stop_at_one_step(signalled, writes, stops_at, monkeypatch):
+    saved, asked = [], []
+    monkeypatch.setattr(callbacks, "save_state", lambda *args: saved.append(args[2]["step"]))
+
+    def any_worker(stops):
+        asked.append(stops)
+        return stops or signalled is None
+
+    checkpoints = Checkpoints(
+        "run" if writes else None,
+        BestModel(None),
+        12,
+        every_steps=None,
+        every_minutes=None,
+        keep=1,
+        any_worker=any_worker,
+    )
+    checkpoints.set_model(types.SimpleNamespace(stop_training=False))
+    checkpoints.on_epoch_begin(0)
+
+    def steps():
+        for batch in range(12):
+            if batch + 1 == signalled:
+                checkpoints.stopped_by = "SIGTERM"
+            checkpoints.on_train_batch_end(batch)
+
+    with pytest.raises(TrainingInterrupted, match=f"Stopped by .* at step {stops_at}"):
+        steps()
+    assert saved == ([stops_at] if writes else [])
+    assert len(asked) == (0 if stops_at == 7 else 2)  # to know, and to wait for who writes
+
+
+def test_worker_that_was_told_to_stop_is_not_lost():
+    checkpoints = Checkpoints(None, None, 3, every_steps=None, every_minutes=None, keep=1)
+    checkpoints.stopped_by = "SIGTERM"
+    error = tf.errors.UnavailableError(None, None, "The chief is gone.")
+    with (
+        pytest.raises(TrainingInterrupted, match="Stopped by SIGTERM"),
+        lost_workers("run", checkpoints),
+    ):
+        raise error
+    with (
+        pytest.raises(RuntimeError, match=r"Another worker was lost.*train --resume run"),
+        lost_workers("run"),
+    ):
+        raise error
+
+
+def test_workers_must_have_the_same_images():
+    data = load_data("digits")
+
+    def second(fingerprint_of_the_first):
+        """The second of two workers."""
+        return types.SimpleNamespace(
+            json_from_chief=lambda _: fingerprint_of_the_first, any=lambda value: value
+        )
+
+    match = rf"digits must be the same for all workers.*{data.fingerprint} here, and 0123"
+    with pytest.raises(ValueError, match=match):
+        _check_same_data(data, second("0123"))
+    _check_same_data(data, second(data.fingerprint))
 
 
 def test_sigterm_during_validation(tmp_path, monkeypatch, uninterrupted):
@@ -594,13 +683,13 @@ def test_batch_that_is_lowered_is_said_before_it_does_not_divide(tmp_path, capsy
 @pytest.mark.parametrize(
     ("option", "match"),
     [
-        ({"checkpoint_steps": 0}, r"`checkpoint_steps` must be at least 1. Received: .*=0"),
+        ({"checkpoint_steps": 0}, r"`checkpoint_steps` must be a positive int. Received: .*=0"),
         ({"checkpoint_minutes": 0.0}, r"`checkpoint_minutes` must be positive. Received: .*=0.0"),
         (
             {"checkpoint_minutes": float("nan")},
             r"`checkpoint_minutes` must be positive. Received: .*=nan",
         ),
-        ({"keep_checkpoints": 0}, r"`keep_checkpoints` must be at least 1. Received: .*=0"),
+        ({"keep_checkpoints": 0}, r"`keep_checkpoints` must be a positive int. Received: .*=0"),
     ],
 )
 def test_checkpoint_options(tmp_path, option, match):

@@ -31,6 +31,7 @@ from keras_vit.training.building import build_model, model_arguments
 from keras_vit.training.evaluation import MISTAKES, evaluate, plot_mistakes, predict
 from keras_vit.training.optimizers import build_optimizer
 from keras_vit.training.recipes import resolve_recipe
+from keras_vit.training.run import new_run_folder
 from keras_vit.weights import save_checkpoint
 
 SMALL = Recipe(ViTConfig(16, 2, 2, 24, 4), image_size=8, epochs=2, batch_size=128)
@@ -205,12 +206,42 @@ def test_existing_run_is_kept_or_replaced(tmp_path):
         train_small(out, overwrite=True, learning_rate=-1)
     with pytest.raises(ValueError, match=r"does not exist.*nothing"):
         train(f"folder:{tmp_path}/nothing", out, overwrite=True)
-    with pytest.raises(NonFiniteLossError):  # before the new run has a model
-        train_small(out, overwrite=True, learning_rate=1e30, warmup=0.0, clip_norm=None)
+    diverging = {"learning_rate": 1e30, "warmup": 0.0, "clip_norm": None}
+    for checkpoint_steps in (None, 1):  # before the new run has a model
+        with pytest.raises(NonFiniteLossError):
+            train_small(out, overwrite=True, checkpoint_steps=checkpoint_steps, **diverging)
     assert (out / "best.keras").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     train_small(out, overwrite=True)
     assert len(history(load_run(out))) == 2
+
+
+@pytest.mark.parametrize(
+    ("made", "stays"),
+    [
+        ((), "old"),
+        (("checkpoints",), "old"),  # the disk was full
+        (("checkpoints", "checkpoints/.step-00000005.12ab"), "old"),
+        (("checkpoints", "checkpoints/step-00000005"), "new"),
+        (("best.keras",), "new"),
+    ],
+)
+def test_old_run_is_put_back_without_anything_to_go_on_from(made, stays, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("run.json", "old"):
+        (out / name).touch()
+
+    def begin():
+        with new_run_folder(out, overwrite=True) as folder:
+            for name in ("new", *made):
+                (folder / name).mkdir()
+            raise OSError("The disk is full.")
+
+    with pytest.raises(OSError, match="full"):
+        begin()
+    assert (out / stays).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +290,20 @@ def small_network():
     images = keras.Input((6,))
     x = Dropout(0.3)(keras.layers.Dense(7, activation="tanh")(images))
     return DistributedModel(images, keras.layers.Dense(5)(x))
+
+
+def test_optimizer_that_accumulates_gets_other_masks_for_each_batch():
+    """Although Keras does not count its batches as iterations."""
+    images, labels = np.ones((32, 6), "float32"), np.zeros((32, 5), "float32")
+    losses = []
+    for steps in (None, 4):
+        model = small_network()
+        optimizer = keras.optimizers.SGD(0.0, gradient_accumulation_steps=steps)
+        model.compile(optimizer, "mse", jit_compile=False)
+        fitted = model.fit(images, labels, batch_size=32, epochs=4, shuffle=False, verbose=0)
+        losses.append(fitted.history["loss"])
+    assert len(set(losses[0])) == 4
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("xla", [False, True])
@@ -314,6 +359,12 @@ def test_folder_that_is_no_run_is_never_replaced(tmp_path):
         ({"normalization": None}, ValueError, r"`normalization` must be set.*None"),
         ({"image_size": 9}, ValueError, r"divisible by `patch_size`.*\(9, 9\)"),
         ({"variant": "Ti/17"}, ValueError, r"`variant` must be one of.*'Ti/17'"),
+        ({"jit_compile": "yes"}, ValueError, r"`jit_compile` must be True, False or 'auto'.*'yes'"),
+        ({"early_stop": 0}, ValueError, r"`early_stop` must be a positive int.*early_stop=0"),
+        ({"seed": -1}, ValueError, r"`seed` must be an int of at least 0.*seed=-1"),
+        ({"checkpoint_steps": "5"}, ValueError, r"`checkpoint_steps` must be a positive int.*'5'"),
+        ({"checkpoint_minutes": 0}, ValueError, r"`checkpoint_minutes` must be positive.*=0"),
+        ({"keep_checkpoints": 2.5}, ValueError, r"`keep_checkpoints` must be a positive int.*2.5"),
     ],
 )
 def test_errors(tmp_path, arguments, error, match):

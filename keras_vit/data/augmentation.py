@@ -149,7 +149,10 @@ def _is_rand_augment(value) -> bool:
         return True
     if not isinstance(value, tuple | list) or len(value) != 2:
         return False
-    return isinstance(value[0], int) and value[0] > 0 and 0 <= value[1] <= MAX_MAGNITUDE
+    num_ops, magnitude = value
+    if isinstance(num_ops, bool) or not isinstance(num_ops, int):
+        return False
+    return num_ops > 0 and isinstance(magnitude, int | float) and 0 <= magnitude <= MAX_MAGNITUDE
 
 
 def _crop_sides(draws):

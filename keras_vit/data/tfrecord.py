@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -204,7 +205,14 @@ def _number_classes(
 
 def _names_of_file(root: Path) -> tuple[str, ...] | None:
     path = root / "labels.txt"
-    return tuple(path.read_text(encoding="utf-8").splitlines()) if path.exists() else None
+    if not path.exists():
+        return None
+    names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{path} must have another name in each line. Received: {reprlib.repr(names)}."
+        )
+    return tuple(names)
 
 
 def _complete_splits(

@@ -14,6 +14,8 @@ from rich import progress
 from keras_vit.training.checkpoints import save_state
 from keras_vit.training.keras_internals import weight_averages
 
+ASK_EVERY = 10  # steps
+
 
 class NonFiniteLossError(ArithmeticError):
     """The loss or a validation result became infinite or NaN: the training has diverged."""
@@ -110,7 +112,8 @@ class BestModel(keras.callbacks.Callback):
 class Checkpoints(keras.callbacks.Callback):
     """Saves what the next step depends on, after every epoch and within it.
 
-    SIGTERM and Ctrl-C (SIGINT) save one, too, and end the training.
+    SIGTERM and Ctrl-C (SIGINT) save one, too, and end the training; of a worker that does not
+    write, within `ASK_EVERY` steps, when all workers ask each other.
 
     A checkpoint that cannot be written, as on a full disk, is a warning, and the one before stays.
 
@@ -121,13 +124,26 @@ class Checkpoints(keras.callbacks.Callback):
         every_steps: Steps between checkpoints, or None.
         every_minutes: Minutes between checkpoints, or None.
         keep: How many stay, at least 1.
+        any_worker: Function from whether this worker is to stop to whether any is, which all of
+            them call at the same steps.
     """
 
-    def __init__(self, folder, best, steps_per_epoch, *, every_steps, every_minutes, keep):
+    def __init__(
+        self,
+        folder,
+        best,
+        steps_per_epoch,
+        *,
+        every_steps,
+        every_minutes,
+        keep,
+        any_worker=bool,
+    ):
         super().__init__()
         self.folder = folder
         self.best = best
         self.steps_per_epoch = steps_per_epoch
+        self.any_worker = any_worker
         self.every_steps = every_steps
         self.every_minutes = every_minutes
         self.keep = keep
@@ -167,22 +183,41 @@ class Checkpoints(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        # After the last step come the validation and its results: that checkpoint has to wait.
-        if batch + 1 < self.steps_per_epoch and self.folder is not None:
-            self._save_if_due(self.epoch, batch + 1)
+        step = batch + 1
+        if step == self.steps_per_epoch:
+            return  # the validation and its results come first
+        all_stop = step % ASK_EVERY == 0 and self._any_is_to_stop()
+        if self.folder is not None and (self.stopped_by or self._is_due(self.epoch, step)):
+            self._save(self.epoch, step)
+        self._stop_if_told(self.epoch, step, all_stop)
 
     def on_epoch_end(self, epoch, logs=None):
+        all_stop = self._any_is_to_stop()
         if self.folder is not None:
             self._save(epoch + 1, 0)
+        self._stop_if_told(epoch + 1, 0, all_stop)
 
-    def _save_if_due(self, epoch, step):
+    def _any_is_to_stop(self):
+        any_stops = self.any_worker(self.stopped_by is not None)
+        if any_stops and self.stopped_by is None:
+            self.stopped_by = "a signal to another worker"
+        return any_stops
+
+    def _stop_if_told(self, epoch, step, all_stop):
+        # Told between two times of asking, the chief stops alone, and the others notice.
+        if all_stop or (self.stopped_by and self.folder is not None):
+            if all_stop:
+                self.any_worker(True)  # waits until the chief has saved
+            step += epoch * self.steps_per_epoch
+            raise TrainingInterrupted(f"Stopped by {self.stopped_by} at step {step}.")
+
+    def _is_due(self, epoch, step):
         step_due = time_due = False
         if self.every_steps is not None:
             step_due = (epoch * self.steps_per_epoch + step) % self.every_steps == 0
         if self.every_minutes is not None:
             time_due = time.monotonic() - self.last_time >= 60 * self.every_minutes
-        if step_due or time_due or self.stopped_by:
-            self._save(epoch, step)
+        return step_due or time_due
 
     def _save(self, epoch, step):
         position = {
@@ -203,8 +238,6 @@ class Checkpoints(keras.callbacks.Callback):
                 stacklevel=2,
             )
         self.last_time = time.monotonic()
-        if self.stopped_by:
-            raise TrainingInterrupted(f"Stopped by {self.stopped_by} at step {position['step']}.")
 
 
 class Progress(keras.callbacks.Callback):

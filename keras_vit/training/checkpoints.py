@@ -111,11 +111,14 @@ def load_state(run_folder):
 
 
 def restore_state(model, state):
-    """Assigns the arrays of a checkpoint to a model and its optimizer.
+    """Assigns the arrays of a checkpoint to a model and its optimizer; see `check_state`."""
+    check_state(model, state)
+    for name, variable in state_variables(model).items():
+        variable.assign(state[name])
 
-    Raises:
-        ValueError: The checkpoint is of another model or optimizer.
-    """
+
+def check_state(model, state):
+    """Raises ValueError if a checkpoint is of another model or optimizer."""
     variables = state_variables(model)
     shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
     received = {name: array.shape for name, array in state.items()}
@@ -125,8 +128,6 @@ def restore_state(model, state):
             "The checkpoint is of another model or optimizer than the run's. "
             f"Received: {different[:4]}."
         )
-    for name, variable in variables.items():
-        variable.assign(state[name])
 
 
 def _folders(run_folder):

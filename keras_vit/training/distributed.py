@@ -6,8 +6,14 @@ import pathlib
 import keras
 import tensorflow as tf
 
+from keras_vit.config import check_positive_int
 from keras_vit.layers import drawing_by
-from keras_vit.training.keras_internals import StrategyModel, creation_strategy, inner_optimizers
+from keras_vit.training.keras_internals import (
+    StrategyModel,
+    batches_seen,
+    creation_strategy,
+    inner_optimizers,
+)
 
 PHILOX = 1  # TensorFlow's number of the generator, which counts in blocks of four values
 BLOCK = 4
@@ -87,12 +93,13 @@ class DistributedModel(StrategyModel):
                 `keras.distribution` is set, or the optimizer was made outside of the strategy's
                 scope or has `gradient_accumulation_steps` or `ema_overwrite_frequency` under a
                 strategy.
+            TypeError: `mixing` cannot be called, or `seed` is not an int.
         """
-        if not isinstance(micro_batches, int) or micro_batches < 1:
-            raise ValueError(
-                "`micro_batches` must be a positive int. "
-                f"Received: micro_batches={micro_batches!r}."
-            )
+        check_positive_int("micro_batches", micro_batches)
+        if not isinstance(seed, int):
+            raise TypeError(f"`seed` must be an int. Received: seed={seed!r}.")
+        if mixing is not None and not callable(mixing):
+            raise TypeError(f"`mixing` must be a Mixing or None. Received: mixing={mixing!r}.")
         if jit_compile not in (True, False, "auto"):
             raise ValueError(
                 "`jit_compile` must be True, False or 'auto'. "
@@ -163,7 +170,7 @@ class DistributedModel(StrategyModel):
 
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        step = tf.cast(self.optimizer.iterations, tf.int64)
+        step = tf.cast(batches_seen(self.optimizer), tf.int64)
         first_row, share = _place_in_batch(x)
         y, y_pred, loss, gradients = self._compiled(self._mean_gradients)(
             x, y, sample_weight, step, first_row

@@ -27,7 +27,7 @@ class Mistake:
         image: uint8 `(H, W, 3)`, as the model took it.
         label: Its class, an int in [0, K).
         predicted: The class that it was taken for.
-        probability: That class's, in [0, 1].
+        probability: That class's of the softmax, in [0, 1], whatever loss the model has.
     """
 
     index: int
@@ -122,16 +122,16 @@ def evaluate(model, split, class_names, batch_size=128):
         An `Evaluation`.
     """
     batches = evaluation_batches(split, model.input_shape[1:3], batch_size, len(class_names))
-    logits, labels, mistakes = [], [], ()
+    best5, labels, mistakes = [], [], ()
     for images, one_hot in batches:
         first = sum(map(len, labels))
-        logits.append(model.predict_on_batch(images))
+        logits = model.predict_on_batch(images)
+        best5.append(np.argsort(-logits, axis=1, kind="stable")[:, :5])
         labels.append(np.argmax(one_hot, axis=1))
-        mistakes += _mistakes(first, images.numpy(), logits[-1], labels[-1])
+        mistakes += _mistakes(first, images.numpy(), logits, labels[-1])
         mistakes = tuple(sorted(mistakes, key=lambda m: -m.probability)[:MISTAKES])
-    logits, labels = np.concatenate(logits), np.concatenate(labels)
-    predicted = np.argmax(logits, axis=1)
-    best5 = np.argsort(-logits, axis=1)[:, :5]
+    best5, labels = np.concatenate(best5), np.concatenate(labels)
+    predicted = best5[:, 0]
     classes = np.arange(len(class_names))
     precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
         labels, predicted, labels=classes, zero_division=0

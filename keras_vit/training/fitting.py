@@ -94,6 +94,7 @@ def _fit(run, vit, model, data, recipe, console, workers, position):
         every_steps=options["checkpoint_steps"],
         every_minutes=options["checkpoint_minutes"],
         keep=options["keep_checkpoints"],
+        any_worker=workers.any,
     )
     progress = Progress(console, recipe.batch_size)
     finite = StopOnNonFinite(position["step"])

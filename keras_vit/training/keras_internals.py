@@ -38,6 +38,7 @@ INSTANCE_ATTRIBUTES = {
     "layer": ("_seed_generators",),
     "optimizer": (
         "_distribution_strategy",
+        "_iterations",
         "_trainable_variables",
         "_model_variables_moving_average",
     ),
@@ -159,6 +160,11 @@ def inner_optimizers(optimizer):
     """An optimizer, or what a loss scale or a `MultiOptimizer` is wrapped around."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     return list(getattr(optimizer, "optimizers", [optimizer]))
+
+
+def batches_seen(optimizer):
+    """How many batches an optimizer has taken; its `iterations` counts the updates."""
+    return inner_optimizers(optimizer)[0]._iterations
 
 
 def creation_strategy(optimizer):

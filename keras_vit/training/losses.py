@@ -20,6 +20,9 @@ class SigmoidCrossEntropy(keras.losses.Loss):
         name: Name of the loss.
         **kwargs: Of `keras.losses.Loss`.
 
+    Raises:
+        ValueError: `label_smoothing` is out of its range.
+
     Source: `sigmoid_xent` of big_vision (`utils.py`). DeiT III (arXiv 2204.07118) takes the mean
     over the classes, this over K, and labels that are 1 for both classes of a blended image.
     Label smoothing is that of the softmax; `keras.losses.BinaryCrossentropy` moves towards 1/2.
@@ -27,6 +30,10 @@ class SigmoidCrossEntropy(keras.losses.Loss):
 
     def __init__(self, label_smoothing=0.0, name="sigmoid_cross_entropy", **kwargs):
         super().__init__(name=name, **kwargs)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"`label_smoothing` must be in [0, 1). Received: label_smoothing={label_smoothing}."
+            )
         self.label_smoothing = label_smoothing
 
     def call(self, y_true, y_pred):

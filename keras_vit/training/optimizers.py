@@ -130,11 +130,19 @@ class LinearDecay(keras.optimizers.schedules.LearningRateSchedule):
         steps: Steps in all, more than `warmup_steps`.
         warmup_steps: Steps of the rise, at least 0.
 
+    Raises:
+        ValueError: There are not more steps than `warmup_steps`.
+
     Source: `create_learning_rate_schedule` of google-research/vision_transformer (`utils.py`),
     whose linear decay ends at 1e-5.
     """
 
     def __init__(self, peak, steps, warmup_steps=0):
+        if not 0 <= warmup_steps < steps:
+            raise ValueError(
+                "`warmup_steps` must be in [0, steps). "
+                f"Received: warmup_steps={warmup_steps}, steps={steps}."
+            )
         self.peak = peak
         self.steps = steps
         self.warmup_steps = warmup_steps

@@ -125,7 +125,7 @@ def probe(
 
     Args:
         weights: A checkpoint, as `keras_vit.from_checkpoint` takes it.
-        data: "digits", "folder:PATH" or "tfds:NAME[:CONFIG]".
+        data: "digits", "folder:PATH", "tfds:NAME[:CONFIG]" or "tfrecord:PATH".
         out: The folder to write. Features that it holds for the same arguments are not computed
             again: a call that was interrupted goes on with the split it was at.
         image_size: Pixels, or `(height, width)`; None: the checkpoint's.

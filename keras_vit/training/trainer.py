@@ -12,13 +12,13 @@ import warnings
 import keras
 import tensorflow as tf
 
-from keras_vit.config import ViTConfig
+from keras_vit.config import ViTConfig, check_count, check_positive_int
 from keras_vit.data import load_data
 from keras_vit.files import write_text
 from keras_vit.model import vit_arguments
 from keras_vit.training.backbone import load_backbone
 from keras_vit.training.building import compiled_model, model_arguments, steps_per_epoch
-from keras_vit.training.checkpoints import current_state, load_state, restore_state
+from keras_vit.training.checkpoints import check_state, current_state, load_state, restore_state
 from keras_vit.training.fitting import fit_and_record, lost_workers
 from keras_vit.training.recipes import Recipe, resolve_recipe
 from keras_vit.training.report import chief_console, print_header, print_large
@@ -100,7 +100,7 @@ def train(
     Source: fine-tuning as in the paper (arXiv 2010.11929, Sections 3.2 and B.1.1): the whole head
     of pre-training is left out, `pre_logits` too, and positions are interpolated.
     """
-    _check_arguments(precision, weights, num_heads)
+    _check_arguments(precision, weights, num_heads, jit_compile, early_stop, seed)
     _check_checkpoints(checkpoint_steps, checkpoint_minutes, keep_checkpoints)
     early = resolve_recipe(recipe, (0, 0), overrides, weights)
     _check_source(data)
@@ -112,6 +112,8 @@ def train(
     source, backbone = _load_weights(weights, num_heads, early)
     console = chief_console(workers)
     data = load_data(data, skip_unreadable=skip_unreadable)
+    with lost_workers(out):
+        _check_same_data(data, workers)
     recipe = resolve_recipe(recipe, data.image_size, overrides, weights)
     recipe = _fit_batch(recipe, data.train.count, console)
     _check_batch(recipe, workers.replicas)
@@ -219,6 +221,16 @@ def _same_data(run):
     return data
 
 
+def _check_same_data(data, workers):
+    """ValueError unless all workers have the chief's images, in this order."""
+    expected = workers.json_from_chief(data.fingerprint)
+    if workers.any(data.fingerprint != expected):
+        raise ValueError(
+            f"{data.name} must be the same for all workers. Received: {data.train.count} training "
+            f"images with the fingerprint {data.fingerprint} here, and {expected} on the first one."
+        )
+
+
 def _newest_state(run, workers):
     """Where the newest checkpoint stands, None without one, and its state, the chief's alone."""
     found = load_state(run.folder) if workers.is_chief else None
@@ -241,7 +253,15 @@ def _same_backbone(run, recipe):
 
 
 def _restore(model, state, workers):
-    """Gives the model of every worker the chief's state."""
+    """Gives the model of every worker the chief's state; ValueError for all if it does not fit."""
+    problem = None
+    if workers.is_chief:
+        try:
+            check_state(model, state)
+        except ValueError as error:
+            problem = str(error)
+    if problem := workers.json_from_chief(problem):
+        raise ValueError(problem)
     state = state if workers.is_chief else current_state(model)
     with workers.scope():
         restore_state(model, {name: workers.from_chief(state[name]) for name in sorted(state)})
@@ -257,7 +277,7 @@ def _cut_history(folder, epochs):
         write_text(path, "".join(",".join(row) + "\n" for row in kept))
 
 
-def _check_arguments(precision, weights, num_heads):
+def _check_arguments(precision, weights, num_heads, jit_compile, early_stop, seed):
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {PRECISIONS}. Received: {precision!r}.")
     if keras.backend.backend() != "tensorflow":
@@ -267,6 +287,13 @@ def _check_arguments(precision, weights, num_heads):
         )
     if num_heads is not None and weights is None:
         raise ValueError(f"`num_heads` is for `weights` alone. Received: num_heads={num_heads!r}.")
+    if jit_compile not in (True, False, "auto"):
+        raise ValueError(
+            f"`jit_compile` must be True, False or 'auto'. Received: jit_compile={jit_compile!r}."
+        )
+    if early_stop is not None:
+        check_positive_int("early_stop", early_stop)
+    check_count("seed", seed)
 
 
 def _check_source(data):
@@ -278,18 +305,13 @@ def _check_source(data):
 
 
 def _check_checkpoints(steps, minutes, keep):
-    if steps is not None and steps < 1:
+    if steps is not None:
+        check_positive_int("checkpoint_steps", steps)
+    if minutes is not None and not (isinstance(minutes, (int, float)) and minutes > 0):
         raise ValueError(
-            f"`checkpoint_steps` must be at least 1. Received: checkpoint_steps={steps}."
+            f"`checkpoint_minutes` must be positive. Received: checkpoint_minutes={minutes!r}."
         )
-    if minutes is not None and not minutes > 0:
-        raise ValueError(
-            f"`checkpoint_minutes` must be positive. Received: checkpoint_minutes={minutes}."
-        )
-    if keep < 1:
-        raise ValueError(
-            f"`keep_checkpoints` must be at least 1. Received: keep_checkpoints={keep}."
-        )
+    check_positive_int("keep_checkpoints", keep)
 
 
 def _load_weights(weights, num_heads, recipe):

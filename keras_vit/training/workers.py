@@ -53,9 +53,8 @@ class Workers:
 
         def of_worker(context):
             part = batches((context.input_pipeline_id, context.num_input_pipelines))
-            if context.num_input_pipelines == self.replicas:
-                return part
-            part = part.rebatch(batch_size // self.replicas, drop_remainder=drop_remainder)
+            if context.num_input_pipelines != self.replicas:
+                part = part.rebatch(batch_size // self.replicas, drop_remainder=drop_remainder)
             if drop_remainder:  # without end: no worker has to ask the others if they have more
                 endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
                 part = part.apply(endless)
@@ -67,13 +66,22 @@ class Workers:
         """The chief's array in every worker; the others pass one of the same shape and dtype."""
         if not self.several:
             return value
+        return self._sum(lambda replica: value if replica == 0 else np.zeros_like(value))
 
-        def of_replica(context):
-            first = context.replica_id_in_sync_group == 0
-            return tf.constant(value if first else np.zeros_like(value))
+    def any(self, value):
+        """Whether any worker's bool is True, in every worker; all of them have to ask."""
+        if not self.several:
+            return value
+        return bool(self._sum(lambda _: np.int32(value)) > 0)
+
+    def _sum(self, of_replica):
+        """The sum over all replicas of an array that a function has for each of this worker's."""
+
+        def value(context):
+            return tf.constant(of_replica(context.replica_id_in_sync_group))
 
         with self.strategy.scope():
-            values = self.strategy.experimental_distribute_values_from_function(of_replica)
+            values = self.strategy.experimental_distribute_values_from_function(value)
             return self.strategy.reduce("SUM", values, axis=None).numpy()
 
     def json_from_chief(self, value):
