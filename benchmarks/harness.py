@@ -83,8 +83,6 @@ class Process:
             **os.environ,
             "CUDA_VISIBLE_DEVICES": "-1",
             "KERAS_BACKEND": "tensorflow",
-            # PyTorch's threads sleep when they wait: else they spin, also while others compute.
-            "OMP_WAIT_POLICY": "passive",
             "TF_CPP_MIN_LOG_LEVEL": "3",
             **contender.variables,
         }
