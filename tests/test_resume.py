@@ -30,6 +30,7 @@ from keras_vit.training import (
     load_run,
     resume,
     train,
+    workers,
 )
 from keras_vit.training.callbacks import BestModel, Checkpoints
 from keras_vit.training.checkpoints import load_state, restore_state, save_state, state_variables
@@ -246,8 +247,14 @@ def test_finished_run_stays_as_it_is(uninterrupted, capsys):
     assert contents() == before
 
 
-def test_all_devices_of_a_machine_train_as_one(tmp_path, uninterrupted):
+def test_all_devices_of_a_machine_train_as_one(tmp_path, monkeypatch, uninterrupted):
     """Each of the four has its part of a batch, and of the last one of the validation."""
+    # `build_strategy` takes TensorFlow's default way to reduce, which cannot have groups of 2 and
+    # of 4 devices in one process: other tests have 2.
+    strategy = tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(4)], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+    monkeypatch.setattr(workers, "build_strategy", lambda *_: strategy)
     run = train_small(tmp_path / "run", strategy="mirrored")
     assert run.info["replicas"] == 4
     assert run.info["data"]["validation"] % run.info["recipe"]["batch_size"] > 0
