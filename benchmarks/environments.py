@@ -6,6 +6,7 @@ They lie in benchmarks/.environments/, some 2 GB each with TensorFlow and 5 GB w
 """
 
 import argparse
+import concurrent.futures
 import pathlib
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ PACKAGES = {  # name -> what pip installs
     "litert-torch": ("litert-torch==0.10.0", "timm==1.0.31"),  # which chooses its own PyTorch
 }
 OPTIONAL = ("litert-torch",)
+AT_ONCE = 2  # pip unpacks on one core
 READY = "ready.txt"  # holds what was asked for, so that a changed pin makes it anew
 
 
@@ -68,6 +70,14 @@ def last_line(text):
     return lines[-1] if lines else "it said nothing"
 
 
+def describe(name):
+    """Where an environment's Python is, once it is made, or why it is missing."""
+    try:
+        return f"{name}: {python_of(name)}"
+    except Missing as error:
+        return f"{name} is missing: {error}"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -76,15 +86,15 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PACKAGES))
     parser.add_argument("--fresh", action="store_true", help="make them anew")
     arguments = parser.parse_args()
-    for name in arguments.names or standard:
+    names = arguments.names or standard
+    for name in names:
         if name not in PACKAGES:
             parser.error(f"NAME is one of {', '.join(PACKAGES)}. Received: {name}.")
         if arguments.fresh:
             shutil.rmtree(FOLDER / name, ignore_errors=True)
-        try:
-            print(f"{name}: {python_of(name)}")
-        except Missing as error:
-            print(f"{name} is missing: {error}")
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        for line in pool.map(describe, names):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

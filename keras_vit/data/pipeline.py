@@ -10,6 +10,7 @@ from keras_vit.data.structures import array_split, typical_size
 # Resized images are kept in memory up to this size; larger splits are decoded in every epoch.
 CACHE_BYTES = 2**31
 PREFETCHED = 4  # batches
+_READ_AT_ONCE = 64  # images: a step of the iterator for each costs as much as to read it
 _SHUFFLE_ROUNDS = 8  # of the cipher; `index_shuffle` has 4
 
 
@@ -218,7 +219,9 @@ def _fits_in_memory(split, image_size):
 def _read(split, image_size, count):
     """The first images of a split, at the model's size, and their labels, as arrays."""
     images, labels = np.empty((count, *image_size, 3), np.uint8), np.empty(count, np.int32)
-    read = untuned(_resized(tf.data.Dataset.range(count), split, image_size)).as_numpy_iterator()
+    resized = _resized(tf.data.Dataset.range(count), split, image_size)
+    batches = untuned(resized.batch(_READ_AT_ONCE))
+    read = (pair for batch in batches.as_numpy_iterator() for pair in zip(*batch, strict=True))
     for index, (image, label) in enumerate(progress(read, "Reading images", count)):
         images[index], labels[index] = image, label
     return images, labels
