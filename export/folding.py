@@ -3,9 +3,10 @@
 What is folded, exactly: the normalisation of the pixels into the patch projection; the bias of the
 projection and the positions into one constant, the class token with its position (and the
 distillation and register tokens) into another; the scale and offset of every LayerNorm into the
-dense layer that follows; 1/sqrt(d) into the queries; LayerScale into the dense layer before it; the
-mean of two heads into one. Whatever is added to the residual stream is centred, W (I - 1 1^T / D),
-so that the mean that a LayerNorm takes off is always 0 and need not be computed.
+dense layer that follows; 1/sqrt(d) into the queries; the query of attention pooling into its keys;
+LayerScale into the dense layer before it; the mean of two heads into one. Whatever is added to the
+residual stream is centred, W (I - 1 1^T / D), so that the mean that a LayerNorm takes off is always
+0 and need not be computed.
 """
 
 import dataclasses
@@ -46,10 +47,10 @@ class Block:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionPool:
-    """MAP: a constant query per head, keys and values of all tokens, and an MLP."""
+    """MAP: softmax over the tokens of one score per head, the values of all, and an MLP."""
 
-    query: np.ndarray  # (1, h, 1, d)
-    key_value: Dense
+    scores: Dense  # (D, h)
+    values: Dense
     proj: Dense
     fc1: Dense
     fc2: Dense
@@ -334,12 +335,17 @@ def _mean(denses):
 
 
 def _fold_attention_pool(pool, gamma, beta):
-    query = _dense(pool.query)
+    query, key_value = _dense(pool.query), _dense(pool.key_value)
     heads, width = pool.num_heads, query.bias.size
-    q = (_array(pool.probe)[0] @ query.kernel + query.bias) * (width // heads) ** -0.5
+    head_dim = width // heads
+    q = (_array(pool.probe)[0] @ query.kernel + query.bias) * head_dim**-0.5  # (1, h d)
+    # The query is a constant: q (x W + b)^T = x (W q^T), but for what all tokens have in common.
+    keys = key_value.kernel[:, :width] * q
+    scores = keys.reshape(width, heads, head_dim).sum(axis=-1)
+    values = Dense(key_value.kernel[:, width:], key_value.bias[width:])
     return AttentionPool(
-        query=q.reshape(1, heads, 1, width // heads),
-        key_value=_after_affine(_dense(pool.key_value), gamma, beta),
+        scores=Dense(gamma[:, None] * scores, np.zeros(heads)),
+        values=_after_affine(values, gamma, beta),
         proj=_dense(pool.proj),
         fc1=_after_affine(_dense(pool.feed_forward.fc1), *_gamma_beta(pool.norm)),
         fc2=_dense(pool.feed_forward.fc2),

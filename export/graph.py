@@ -143,9 +143,15 @@ def _heads(x, count):
 
 def _attend(q, k, v):
     """softmax(q k^T) v with scaled queries: `(1, h, M, d)`, `(1, h, N, d)` -> `(1, M, h * d)`."""
-    _, heads, queries, head_dim = q.shape
     with tf.name_scope("probabilities"):
         probabilities = tf.nn.softmax(tf.matmul(q, k, transpose_b=True))
+    return _weigh(probabilities, v)
+
+
+def _weigh(probabilities, v):
+    """A v: `(1, h, M, N)`, `(1, h, N, d)` -> `(1, M, h * d)`."""
+    _, heads, queries, _ = probabilities.shape
+    head_dim = v.shape[3]
     with tf.name_scope("values"):
         x = tf.matmul(probabilities, v)
         return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (1, queries, heads * head_dim))
@@ -215,11 +221,13 @@ def _tokens_read(vit, x):
 
 def _attention_pool(vit, x, dense):
     pool = vit.attention_pool
-    heads = pool.query.shape[1]
+    heads = pool.scores.bias.size
     with tf.name_scope("pooling"):
-        kv = _heads(dense("pooling/key_value", pool.key_value, x), 2 * heads)
-        k, v = tf.split(kv, 2, axis=1)
-        y = dense("pooling/proj", pool.proj, _attend(_constant(pool.query), k, v))
+        scores = _heads(dense("pooling/scores", pool.scores, x), heads)  # (1, h, N, 1)
+        v = _heads(dense("pooling/values", pool.values, x), heads)
+        with tf.name_scope("probabilities"):
+            probabilities = tf.nn.softmax(tf.transpose(scores, (0, 1, 3, 2)))
+        y = dense("pooling/proj", pool.proj, _weigh(probabilities, v))
         z = dense("pooling/fc1", pool.fc1, _norm(y, vit.epsilon))
         z = tf.nn.gelu(z, approximate=vit.gelu == "tanh")
         y = y + dense("pooling/fc2", pool.fc2, z)

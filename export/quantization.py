@@ -176,6 +176,7 @@ class FloatFile:
     def quantize(self, rules):
         """Returns the bytes of the file, quantized by rules."""
         content, ranges = self.content, None
+        rules = (*rules, *self._in_float())
         if self.calibration is not None:
             ranges = self._ranges(rules)
             content, rules, weight_ranges = self._round_weights(rules)
@@ -187,6 +188,19 @@ class FloatFile:
         result = model.quantize(ranges, enable_progress_report=False, enable_progress_bar=False)
         content = result.quantized_model
         return pack(schema.ModelT.InitFromPackedBuf(content), content)
+
+    def _in_float(self):
+        """Rules for the products whose first factor is a constant, which LiteRT has not in int8.
+
+        The deploy graph has none; attention pooling has one where Keras' layers are converted.
+        """
+        model = schema.ModelT.InitFromPackedBuf(self.content)
+        for operator in model.subgraphs[0].operators:
+            if operation_name(model, operator) == "BATCH_MATMUL":
+                first, output = operator.inputs[0], operator.outputs[0]
+                if constant(model, first) is not None:
+                    name = model.subgraphs[0].tensors[output].name.decode()
+                    yield f"^{re.escape(name)}", _Op.BATCH_MATMUL, None
 
     def _ranges(self, rules):
         """The ranges of the activations as litert-quantizer takes them."""

@@ -1,5 +1,6 @@
 """Rounded weights and calibration, against what can be computed by hand."""
 
+import keras
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
@@ -244,3 +245,48 @@ def test_calibrated_int8_is_nearer_to_the_model(tmp_path):
         logits = np.concatenate([run(images=image[None])["logits"] for image in images])
         errors[name] = np.square(logits - expected).mean()
     assert errors["calibrated"] < 0.5 * errors["alone"]
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"pooling": "map"}, "int8_mixed"),
+        ({"pooling": "map"}, "int4"),
+        ({"pooling": "map"}, "a16w8"),
+        ({"pooling": "token+gap"}, "int8_mixed"),
+        ({"distillation_token": True}, "int8_mixed"),
+        ({"distillation_token": True}, "a16w8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "=".join(map(str, *value.items())),
+)
+def test_what_comes_behind_the_blocks_is_quantized_too(tmp_path, options, mode):
+    model, path = build(seed=3, **options), tmp_path / "model.tflite"
+    images = random_images(6, seed=4)
+    expected = model.predict(images, verbose=0)
+    export.export_tflite(model, path, mode=mode, calibration=random_images(16))
+    run = Interpreter(str(path)).get_signature_runner()
+    logits = np.concatenate([run(images=image[None])["logits"] for image in images])
+    assert np.sqrt(np.mean((logits - expected) ** 2) / expected.var()) < 0.15
+    facts = export.describe_graph(path)
+    assert facts.custom_ops == ()
+    assert facts.max_rank == 4
+    if mode in export.CPU_MODES:
+        assert facts.partitions == 1
+
+
+def test_attention_pooling_of_a_model_that_is_converted_layer_by_layer(tmp_path):
+    """Its query is a constant factor of a product, which LiteRT cannot run as int8 weights."""
+    x = keras.Input((24, 40, 3))
+    y = keras_vit.Patches(8)(x / 255.0)
+    y = keras_vit.AttentionPooling(num_heads=3, mlp_dim=20)(keras.layers.Dense(48)(y))
+    model = keras.Model(x, keras.layers.Dense(7)(y))
+    images, path = random_images(3), tmp_path / "model.tflite"
+    report = export.export_tflite(model, path, mode="dynamic_int8")
+    assert "no model of build_vit" in report.note
+    run = Interpreter(str(path)).get_signature_runner()
+    logits = np.concatenate([run(images=image[None])["logits"] for image in images])
+    np.testing.assert_allclose(
+        logits, model.predict(images, verbose=0), atol=0.03 * np.abs(logits).max()
+    )
+    types = [w.type for _, _, _, w, _ in dense_tensors(path.read_bytes())]
+    assert types.count(schema.TensorType.INT8) >= 5
