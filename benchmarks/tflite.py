@@ -211,6 +211,7 @@ def run_make(python, name, mode, variant, path):
         "CUDA_VISIBLE_DEVICES": "-1",
         "KERAS_BACKEND": "tensorflow",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "OPENBLAS_NUM_THREADS": "1",  # another file is made on each other core
     }
     command = [python, __file__, "--make", name, mode, variant, str(part)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -157,7 +157,7 @@ def train(
         StrategyName, typer.Option(help="Devices; auto: all GPUs of all workers.")
     ] = StrategyName.auto,
     early_stop: Annotated[
-        int | None, typer.Option(help="Stop after so many epochs without progress.")
+        int | None, typer.Option(help="Stop after so many epochs without a lower validation loss.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     checkpoint_steps: Annotated[

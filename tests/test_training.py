@@ -28,6 +28,7 @@ from keras_vit.training import (
     train,
 )
 from keras_vit.training.building import build_model, model_arguments
+from keras_vit.training.callbacks import BestModel
 from keras_vit.training.evaluation import MISTAKES, evaluate, plot_mistakes, predict
 from keras_vit.training.optimizers import build_optimizer
 from keras_vit.training.recipes import resolve_recipe
@@ -76,10 +77,11 @@ def test_run_folder(digits_run):
 
     rows = history(digits_run)
     assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(70)]
-    accuracies = [float(row["val_accuracy"]) for row in rows]
-    assert max(accuracies) == pytest.approx(info["results"]["validation_accuracy"])
+    losses = [float(row["val_loss"]) for row in rows]
     best = info["results"]["best_epoch"] - 1
-    assert accuracies[best] == max(accuracies)
+    assert losses[best] == min(losses)
+    accuracy = float(rows[best]["val_accuracy"])
+    assert accuracy == pytest.approx(info["results"]["validation_accuracy"])
     assert float(rows[0]["images_per_second"]) > 0
     assert float(rows[-1]["learning_rate"]) < 1e-6
 
@@ -119,6 +121,21 @@ def test_mixed_precision(tmp_path, precision):
     assert model.get_layer("block_1").compute_dtype == precision.removeprefix("mixed_")
     assert keras.config.dtype_policy().name == "float32"
     assert run.info["results"]["status"] == "finished"
+
+
+def test_best_model_has_the_smallest_loss():
+    """Of few validation images, the largest accuracy is luck; NaN is never the smallest loss."""
+    saved = []
+    best = BestModel(saved.append)
+    model = keras.Sequential([keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    best.set_model(model)
+    for epoch, (accuracy, loss) in enumerate(
+        [(0.1, float("nan")), (0.9, 0.5), (0.8, 0.4), (0.95, float("nan")), (0.9, 0.4)]
+    ):
+        best.on_epoch_end(epoch, {"val_accuracy": accuracy, "val_loss": loss})
+    assert (best.epoch, best.accuracy, best.loss) == (3, 0.8, 0.4)
+    assert saved == 3 * ["best.keras"]
 
 
 def test_early_stop(tmp_path):

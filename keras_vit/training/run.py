@@ -1,7 +1,7 @@
 """The run folder: everything to look at, reproduce, evaluate and export a training run.
 
 run.json             configuration, seed, versions, data fingerprint, results
-best.keras           the model of the epoch with the best validation accuracy
+best.keras           the model of the epoch with the smallest validation loss
 last.keras           the model after the last epoch
 checkpoints/         what training continues from, see `keras_vit.training.checkpoints`
 history.csv          one row per epoch; of one that was resumed in its midst, the training loss

@@ -73,8 +73,8 @@ def train(
         strategy: "auto", "one", "mirrored" or "multiworker": the devices to train on; see
             `keras_vit.training.cluster.build_strategy`. With several workers each of them makes
             the same call; the chief alone writes.
-        early_stop: Epochs without a new best model (by validation accuracy, then loss) before
-            training stops, or None.
+        early_stop: Epochs without a new best model (by validation loss) before training stops,
+            or None.
         seed: Seed of the weights, the order of the images, the augmentation and the dropout.
         checkpoint_steps: Steps between checkpoints within an epoch, or None. There is one after
             each epoch in any case.
