@@ -86,12 +86,12 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PACKAGES))
     parser.add_argument("--fresh", action="store_true", help="make them anew")
     arguments = parser.parse_args()
-    names = arguments.names or standard
+    names = list(dict.fromkeys(arguments.names or standard))
     for name in names:
         if name not in PACKAGES:
             parser.error(f"NAME is one of {', '.join(PACKAGES)}. Received: {name}.")
-        if arguments.fresh:
-            shutil.rmtree(FOLDER / name, ignore_errors=True)
+    for name in names if arguments.fresh else ():
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         for line in pool.map(describe, names):
             print(line, flush=True)

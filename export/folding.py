@@ -339,7 +339,7 @@ def _fold_attention_pool(pool, gamma, beta):
     heads, width = pool.num_heads, query.bias.size
     head_dim = width // heads
     q = (_array(pool.probe)[0] @ query.kernel + query.bias) * head_dim**-0.5  # (1, h d)
-    # The query is a constant: q (x W + b)^T = x (W q^T), but for what all tokens have in common.
+    # (x W + b) q^T = x (W q^T) + b q^T, of which softmax drops what is the same for all tokens.
     keys = key_value.kernel[:, :width] * q
     scores = keys.reshape(width, heads, head_dim).sum(axis=-1)
     values = Dense(key_value.kernel[:, width:], key_value.bias[width:])

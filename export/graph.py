@@ -221,12 +221,12 @@ def _tokens_read(vit, x):
 
 def _attention_pool(vit, x, dense):
     pool = vit.attention_pool
-    heads = pool.scores.bias.size
+    tokens, heads = x.shape[1], pool.scores.bias.size
     with tf.name_scope("pooling"):
-        scores = _heads(dense("pooling/scores", pool.scores, x), heads)  # (1, h, N, 1)
+        scores = tf.reshape(dense("pooling/scores", pool.scores, x), (1, tokens, 1, heads))
         v = _heads(dense("pooling/values", pool.values, x), heads)
         with tf.name_scope("probabilities"):
-            probabilities = tf.nn.softmax(tf.transpose(scores, (0, 1, 3, 2)))
+            probabilities = tf.nn.softmax(tf.transpose(scores, (0, 3, 2, 1)))  # (1, h, 1, N)
         y = dense("pooling/proj", pool.proj, _weigh(probabilities, v))
         z = dense("pooling/fc1", pool.fc1, _norm(y, vit.epsilon))
         z = tf.nn.gelu(z, approximate=vit.gelu == "tanh")

@@ -155,6 +155,7 @@ class FloatFile:
         self.content = content
         self.calibration = calibration
         self._rounded = {}  # (name of a dense layer, bits) -> what `_round` returns
+        self._in_float = tuple(_in_float(schema.ModelT.InitFromPackedBuf(content)))
 
     def layers(self, mode):
         """The layers that a mode quantizes: a tuple of `Layer`, from first to last."""
@@ -176,7 +177,7 @@ class FloatFile:
     def quantize(self, rules):
         """Returns the bytes of the file, quantized by rules."""
         content, ranges = self.content, None
-        rules = (*rules, *self._in_float())
+        rules = (*rules, *self._in_float)
         if self.calibration is not None:
             ranges = self._ranges(rules)
             content, rules, weight_ranges = self._round_weights(rules)
@@ -188,19 +189,6 @@ class FloatFile:
         result = model.quantize(ranges, enable_progress_report=False, enable_progress_bar=False)
         content = result.quantized_model
         return pack(schema.ModelT.InitFromPackedBuf(content), content)
-
-    def _in_float(self):
-        """Rules for the products whose first factor is a constant, which LiteRT has not in int8.
-
-        The deploy graph has none; attention pooling has one where Keras' layers are converted.
-        """
-        model = schema.ModelT.InitFromPackedBuf(self.content)
-        for operator in model.subgraphs[0].operators:
-            if operation_name(model, operator) == "BATCH_MATMUL":
-                first, output = operator.inputs[0], operator.outputs[0]
-                if constant(model, first) is not None:
-                    name = model.subgraphs[0].tensors[output].name.decode()
-                    yield f"^{re.escape(name)}", _Op.BATCH_MATMUL, None
 
     def _ranges(self, rules):
         """The ranges of the activations as litert-quantizer takes them."""
@@ -268,6 +256,19 @@ class FloatFile:
             bias = constant(model, layer.bias) + mean @ (kernel - rounded)
         limits = np.float32(scales.T * (2 ** (config.num_bits - 1) - 1))
         return np.float32(rounded.T), bias, limits
+
+
+def _in_float(model):
+    """Yields rules for the products whose first factor is a constant: LiteRT has no int8 ones.
+
+    The deploy graph has none; attention pooling has one where Keras' layers are converted.
+    """
+    for operator in model.subgraphs[0].operators:
+        if operation_name(model, operator) == "BATCH_MATMUL":
+            first, output = operator.inputs[0], operator.outputs[0]
+            if constant(model, first) is not None:
+                name = model.subgraphs[0].tensors[output].name.decode()
+                yield f"^{re.escape(name)}(;|$)", _Op.BATCH_MATMUL, None
 
 
 def _config(rules, kind, name):

@@ -250,8 +250,10 @@ def test_calibrated_int8_is_nearer_to_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("options", "mode"),
     [
+        ({"pooling": "map"}, "dynamic_int8"),
         ({"pooling": "map"}, "int8_mixed"),
         ({"pooling": "map"}, "int4"),
+        ({"pooling": "map"}, "int8_full"),
         ({"pooling": "map"}, "a16w8"),
         ({"pooling": "token+gap"}, "int8_mixed"),
         ({"distillation_token": True}, "int8_mixed"),

@@ -101,9 +101,9 @@ class BestModel(keras.callbacks.Callback):
         self.loss = math.inf
 
     def on_epoch_end(self, epoch, logs=None):
-        loss = math.inf if math.isnan(logs["val_loss"]) else logs["val_loss"]
-        if self.epoch == 0 or loss < self.loss:
-            self.epoch, self.accuracy, self.loss = epoch + 1, logs["val_accuracy"], loss
+        if logs["val_loss"] < self.loss:
+            self.epoch = epoch + 1
+            self.accuracy, self.loss = logs["val_accuracy"], logs["val_loss"]
             with averaged_weights(self.model):
                 self.save("best.keras")
         elif self.patience is not None and epoch + 1 - self.epoch >= self.patience:
