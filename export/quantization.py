@@ -259,7 +259,7 @@ class FloatFile:
 
 
 def _in_float(model):
-    """Yields rules for the products whose first factor is a constant: LiteRT has no int8 ones.
+    """Yields rules for products whose first factor is a constant, which LiteRT has not as int8.
 
     The deploy graph has none; attention pooling has one where Keras' layers are converted.
     """
