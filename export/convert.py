@@ -76,10 +76,19 @@ def quantize(content, job, say):
         )
         report = {"sensitivity": ratios, "fallback": fallback}
     if job["io_dtype"] != "float32":
-        content = with_integer_io(
-            content, job["io_dtype"], calibration, job["activation"] == "softmax"
-        )
+        content = with_integer_io(content, job["io_dtype"], calibration, job["gives_probabilities"])
     return content, report
+
+
+def check_loads(content):
+    """Makes LiteRT prepare the bytes of a file to run: not every file that is written can be.
+
+    Raises:
+        ValueError, RuntimeError: what LiteRT says is wrong with it.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    Interpreter(model_content=bytes(content), num_threads=1).allocate_tensors()
 
 
 def _counter(say, what, total):
@@ -115,6 +124,8 @@ def main():
             content, report = quantize(content, job, _say)
         except AccuracyLost as error:
             content, report = b"", {"error": str(error)}
+    if content:
+        check_loads(content)
     try:
         output.write_bytes(content)
     except OSError as error:

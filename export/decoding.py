@@ -19,7 +19,8 @@ def decode_image(data):
 
     - A JPEG in CMYK: values may differ by 1 where there is black, which TensorFlow rounds down.
       One without Adobe's marker is taken as it is, not as inverted.
-    - An orientation that stands in XMP alone is not seen. Pillow misses a transparent level of
+    - An orientation that stands in XMP alone, or in a PNG's text ("Raw profile type exif", of
+      older programs), is not seen. Pillow misses a transparent level of
       gray of 2 or 4 bits, which is white here.
     - Of a 16-bit colour PNG with one transparent colour, values may differ.
     - Other formats are refused: of GIF and BMP, TensorFlow reads transparency and palettes
@@ -147,8 +148,13 @@ def _exif_in_jpeg(content):
 
 
 def _exif_in_png(content):
-    """Where the EXIF block of a PNG begins, or a place past its end."""
-    return _png_chunk(content, b"eXIf") + 8
+    """Where the EXIF block of a PNG begins, or a place past its end.
+
+    Some writers put the header of a JPEG's block before it, which Pillow passes over, too.
+    """
+    place = _png_chunk(content, b"eXIf") + 8
+    has_header = _number(content, place, len(_EXIF)) == int.from_bytes(_EXIF, "big")
+    return place + tf.where(has_header, tf.constant(len(_EXIF), tf.int64), 0)
 
 
 def _png_chunk(content, name):

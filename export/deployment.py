@@ -59,10 +59,10 @@ def deploy(model):
         layer get the deploy graph. Of any other, and where the graph does not give the model's
         outputs, the note says what is lost.
     """
-    deployment = _flat(model) if _is_vit(model) else _nested(model)
     try:
+        deployment = _flat(model) if _is_vit(model) else _nested(model)
         error = deployment and _error(deployment)
-    except KeyError:  # Keras 3.12 sees only now that `after` reads something else of the ViT
+    except (ValueError, KeyError):  # something else of the ViT is read; Keras 3.12 sees it late
         error = None
     if error is None:
         return Deployment(
@@ -96,22 +96,20 @@ def _own_layers(model):
 
 def _flat(model):
     """Of a model of `build_vit`, or one made from its outputs; None if it is something else."""
-    own = _own_layers(model)
-    others = [layer.name for layer in model.layers if layer.name not in own]
-    if set(others) <= _HEAD:
-        return Deployment(model, fold(model))
     layers = {layer.name: layer for layer in model.layers}
-    names = ("pooled_norm", "pooling")
-    features = layers[
-        "average"
-        if "distillation_pooling" in layers
-        else next(name for name in names if name in layers)
-    ]
-    try:
-        after = keras.Model(features.output, model.output)
-    except ValueError:  # something else of the backbone is read
+    others = {operation.name for operation in model.operations} - _own_layers(model)
+    if "distillation_pooling" not in layers:
+        if others <= _HEAD:
+            return Deployment(model, fold(model))
+        end, head = "pooled_norm" if "pooled_norm" in layers else "pooling", False
+    elif "average" in layers:  # of two heads, or of the features of both tokens
+        end, head = "average", "head_distillation" in layers
+        if others <= _HEAD and head == ("head" in layers):
+            return Deployment(model, fold(model))
+    else:
         return None
-    return Deployment(model, fold(model, head=False), after=after)
+    _, y, clone = _wired_anew(model, layers[end])
+    return Deployment(model, fold(model, head), after=keras.Model(y, clone.output))
 
 
 def _nested(model):
@@ -119,24 +117,30 @@ def _nested(model):
     vits = [layer for layer in model.layers if isinstance(layer, keras.Model) and _is_vit(layer)]
     if len(vits) != 1 or {layer.name for layer in vits[0].layers} - _own_layers(vits[0]) - _HEAD:
         return None
+    x, y, clone = _wired_anew(model, vits[0])
+    return Deployment(
+        model,
+        fold(vits[0]),
+        before=None if x is clone.input else keras.Model(clone.input, x),
+        after=None if y is clone.output else keras.Model(y, clone.output),
+    )
+
+
+def _wired_anew(model, part):
+    """What goes into a layer of a model and out of it, in a model of the same layers.
+
+    The layer's own `output` may belong to another model that shares it.
+    """
     ends = {}
 
     def call(layer, *args, **kwargs):
         y = layer(*args, **kwargs)
-        if layer is vits[0]:
+        if layer is part:
             ends["in"], ends["out"] = args[0], y
         return y
 
     clone = keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
-    try:
-        return Deployment(
-            model,
-            fold(vits[0]),
-            before=None if ends["in"] is clone.input else keras.Model(clone.input, ends["in"]),
-            after=None if ends["out"] is clone.output else keras.Model(ends["out"], clone.output),
-        )
-    except ValueError:  # something is read around the ViT
-        return None
+    return ends["in"], ends["out"], clone
 
 
 def _error(deployment):

@@ -37,9 +37,8 @@ def with_integer_io(content, dtype, calibration, is_probability):
     _set_type(graph.tensors[image], dtype, (high - low) / (_LEVELS - 1), low)
     if is_probability:
         scale, low = 1 / _LEVELS, 0.0
-    elif is_integer:  # from 16 bits around 0
-        scale = float(graph.tensors[last.inputs[0]].quantization.scale[0]) * _LEVELS
-        low = -scale * _LEVELS / 2
+    elif is_integer:
+        scale, low = _range_of_integers(graph.tensors[last.inputs[0]])
     else:
         name = graph.tensors[output].name.decode()
         low, high = (float(limit.item()) for limit in calibration.ranges[name])
@@ -55,6 +54,14 @@ def with_integer_io(content, dtype, calibration, is_probability):
         last = _append_quantize(model, graph, last)
         _set_type(graph.tensors[output], "uint8", scale, low)
     return pack(model, content)
+
+
+def _range_of_integers(tensor):
+    """The scale and the lowest value that a tensor of int8 or int16 has, or has in 8 bits."""
+    scale = float(tensor.quantization.scale[0])
+    if tensor.type == schema.TensorType.INT8:
+        return scale, scale * (-128 - int(tensor.quantization.zeroPoint[0]))
+    return scale * _LEVELS, -scale * _LEVELS * _LEVELS / 2  # around 0
 
 
 def _set_type(tensor, dtype, scale, low):

@@ -74,11 +74,13 @@ _INT16 = _static(symmetric=True, bits=16)
 _HEADROOM = 2
 _FLOAT_ENDS = ((".*", _Op.INPUT, None), (".*", _Op.OUTPUT, None))
 A16W8_RULES = ((".*", _Op.ALL_SUPPORTED, _INT16), *_FLOAT_ENDS)
-# Integers alone: products in 8 bits. The residual stream and the squares and roots of the norms,
-# whose range is too wide for these, are in 16, and so is what is before and after the blocks.
+# Integers alone: products in 8 bits. The residual stream and the norms, whose range is too wide for
+# these, are in 16, whatever cuts them or joins them, and so is what is before and after the blocks.
+_OF_THE_STREAM = (_Op.ADD, _Op.SUB, _Op.MUL, _Op.MEAN, _Op.RSQRT)
+_OF_THE_STREAM += (_Op.CONCATENATION, _Op.SLICE, _Op.STRIDED_SLICE)
 INT8_FULL_RULES = (
     (".*", _Op.ALL_SUPPORTED, _static(symmetric=False)),
-    *((".*", operation, _INT16) for operation in (_Op.ADD, _Op.MUL, _Op.MEAN, _Op.RSQRT)),
+    *((".*", operation, _INT16) for operation in _OF_THE_STREAM),
     (_OUTSIDE, _Op.FULLY_CONNECTED, _INT16),
     (_OUTSIDE, _Op.SOFTMAX, _INT16),
     *_FLOAT_ENDS,
@@ -114,11 +116,13 @@ class Layer:
             "block_3/values" for the product of these probabilities and the values.
         regex: finds its operations by their names.
         operation: their kind.
+        precision: the one of `FALLBACKS` that its mode gives it already, or None.
     """
 
     name: str
     regex: str
     operation: _Op
+    precision: str | None = None
 
     def nearest(self, precision):
         """The precision that it can have: without weights, what is dynamic is in float."""
@@ -163,11 +167,16 @@ class FloatFile:
         layers = []
         model = schema.ModelT.InitFromPackedBuf(self.content)
         for dense in dense_layers(model):
-            if _config(rules, _Op.FULLY_CONNECTED, dense.name) is None:
+            config = _config(rules, _Op.FULLY_CONNECTED, dense.name)
+            if config is None:
                 continue
+            if self.calibration is not None:
+                fits = self._round(model, dense, config.weight_tensor_config) is not None
+                config = config if fits else _DYNAMIC
+            precision = next((name for name, other in _CONFIGS.items() if other == config), None)
             name = re.sub(r"/MatMul\d*(;.*)?$", "", dense.name)
             name = "head" if "PartitionedCall" in name else name  # the output, which has no scope
-            layers.append(Layer(name, f"^{re.escape(dense.name)}", _Op.FULLY_CONNECTED))
+            layers.append(Layer(name, f"^{re.escape(dense.name)}", _Op.FULLY_CONNECTED, precision))
             if mode in STATIC_MODES and (block := re.match(r"(.*/)?block_\d+/(?=proj$)", name)):
                 for product, names in _PRODUCTS.items():
                     regex = f"^{re.escape(block[0])}({names})"

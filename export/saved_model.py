@@ -197,11 +197,11 @@ def _scales_pixels_down(model):
 
 def ends_in_softmax(model):
     """Whether a model gives probabilities rather than logits."""
-    last = model.layers[-1]
+    last = getattr(model, "operations", model.layers)[-1]  # a layer, or a function of keras.ops
     if isinstance(last, keras.Model):
         return ends_in_softmax(last)
-    activation = getattr(last, "activation", None)
-    return isinstance(last, keras.layers.Softmax) or activation is keras.activations.softmax
+    softmax = (keras.activations.softmax, keras.ops.softmax)
+    return type(last).__name__ == "Softmax" or getattr(last, "activation", None) in softmax
 
 
 def _heads(model):

@@ -1,5 +1,7 @@
 """Which layers quantization costs most, and a higher precision for those that cost too much."""
 
+import itertools
+
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
@@ -100,12 +102,13 @@ def quantize_within(
         if best is not None:
             break
         below = precisions
-        fallback = {layer.name: layer.nearest(precision) for layer in worst}
-        too_few, enough, precisions = 0, len(worst), fallback
-        best = attempt(fallback)
+        nearest = {layer.name: layer.nearest(precision) for layer in worst}
+        fallback = {of.name: nearest[of.name] for of in worst if of.precision != nearest[of.name]}
+        too_few, enough, precisions = 0, len(fallback), {**below, **fallback}
+        best = attempt(precisions)
         while best is not None and enough - too_few > 1:
             count = (too_few + enough) // 2
-            tried = {**below, **{layer.name: fallback[layer.name] for layer in worst[:count]}}
+            tried = {**below, **dict(itertools.islice(fallback.items(), count))}
             content = attempt(tried)
             if content is None:
                 too_few = count

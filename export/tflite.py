@@ -38,6 +38,8 @@ _QUANTIZED_MODES = ("dynamic_int8", *_CALIBRATED_MODES)
 _8_BIT_PROBABILITIES = ("int8_mixed", "int8_full")
 _EQUALIZED_MODES = ("dynamic_int8", "int8_mixed", *NPU_MODES)
 
+_LARGEST = 2**31  # bytes of a graph that TensorFlow serializes, as of a flatbuffer
+
 
 def export_tflite(
     model,
@@ -108,11 +110,11 @@ def export_tflite(
         TypeError: if `model` is not a `keras.Model`, `labels` are not strings, or the labels of
             `held_out` are not integers.
         ValueError: if `mode` or `activation` is unknown, `path` has another suffix or exists, the
-            model has several inputs or outputs or sizes that are not static, the number of
-            `labels` is not the number of classes, the calibration images are missing, of another
-            shape or not finite, `io_dtype` does not go with the mode, `held_out` is missing or
-            does not fit the model, `min_agreement` is not in [0, 1], or no choice of layers holds
-            it and `max_drop`.
+            model has several inputs or outputs, sizes that are not static or 2 GiB of weights, the
+            number of `labels` is not the number of classes, the calibration images are missing,
+            of another shape or not finite, `io_dtype` does not go with the mode, `held_out` is
+            missing or does not fit the model, `min_agreement` is not in [0, 1], or no choice of
+            layers holds it and `max_drop`.
         RuntimeError: if the conversion fails.
         OSError: if the disk is full, say. What was at `path` is still there, whatever fails.
     """
@@ -128,12 +130,18 @@ def export_tflite(
             "`activation` must be None for a model that ends in a softmax. Received: "
             f"activation={activation!r}."
         )
+    if 4 * model.count_params() >= _LARGEST:
+        raise ValueError(
+            f"`model` must have less than {_LARGEST // 4:,} weights, 2 GiB in float32: no more go "
+            f"into a .tflite file. Received: a model with {model.count_params():,}."
+        )
     labels = check_labels(labels, model)
     path = pathlib.Path(path)
     if path.suffix != ".tflite":
         raise ValueError(f"`path` must end in `.tflite`. Received: path='{path}'.")
     check_target(path, overwrite, pathlib.Path.is_file, "a file")
     job = {"mode": mode, "activation": activation, "io_dtype": io_dtype, "max_drop": max_drop}
+    job["gives_probabilities"] = activation is not None or ends_in_softmax(model)
     job["min_agreement"] = LIMITS[mode].agreement if min_agreement is None else min_agreement
     _check_io_dtype(io_dtype, mode)
     arrays = {"images": _calibration_images(calibration, mode, model.inputs[0].shape[1:])}

@@ -207,7 +207,49 @@ def named_output():
     return keras.Model(vit.input, {"scores": vit.output})
 
 
-@pytest.mark.parametrize("make", [nested, continued, preprocessed, sequential, named_output])
+def softmax_function():
+    """No layer gives its output."""
+    vit = build()
+    return keras.Model(vit.input, keras.ops.softmax(vit.output / 3))
+
+
+def distilled_continued():
+    vit = build(distillation_token=True)
+    return keras.Model(vit.input, keras.layers.Softmax()(vit.output))
+
+
+def distilled_headless():
+    return build(0, distillation_token=True)
+
+
+def distilled_own_head():
+    """Of the name that `build_vit` gives to the first of two."""
+    vit = build(0, distillation_token=True)
+    return keras.Model(vit.input, keras.layers.Dense(5, name="head")(vit.output))
+
+
+def skipping():
+    """Its layers belong to another model, too, where they are wired otherwise."""
+    vit = build()
+    own = keras.Model(vit.input, keras.layers.Dense(5)(vit.output))
+    return keras_vit.skip_unread_tokens(own)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        nested,
+        continued,
+        preprocessed,
+        sequential,
+        named_output,
+        softmax_function,
+        distilled_continued,
+        distilled_headless,
+        distilled_own_head,
+        skipping,
+    ],
+)
 def test_models_around_a_vit_get_the_deploy_graph(make, tmp_path):
     model = randomise(make(), seed=4)
     deployment = deploy(as_float32(model))
@@ -238,6 +280,17 @@ def read_tokens():
     return keras.Model(vit.input, keras.layers.Dense(5)(x))
 
 
+def one_head_of_two():
+    vit = build(distillation_token=True)
+    return keras.Model(vit.input, vit.get_layer("head").output)
+
+
+def both_tokens_side_by_side():
+    vit = build(distillation_token=True)
+    tokens = [vit.get_layer(name).output for name in ("pooling", "distillation_pooling")]
+    return keras.Model(vit.input, keras.layers.Dense(5)(keras.ops.concatenate(tokens, axis=-1)))
+
+
 def changed_pixels():
     """A layer between the images and the patches, which the names do not show."""
     vit = build(normalization=None)
@@ -254,6 +307,8 @@ def changed_pixels():
     [
         (plain_model, "no model of build_vit was found"),
         (read_tokens, "no model of build_vit was found"),
+        (one_head_of_two, "no model of build_vit was found"),
+        (both_tokens_side_by_side, "no model of build_vit was found"),
         (changed_pixels, "the deploy graph differs from the model by"),
     ],
 )

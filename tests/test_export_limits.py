@@ -7,11 +7,13 @@ import re
 import resource
 import shutil
 
+import flatbuffers
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 
 import keras_vit
-from keras_vit.export import export_saved_model, export_tflite
+from keras_vit.export import convert, export_saved_model, export_tflite
 from keras_vit.export import tflite as tflite_module
 
 CONFIG = keras_vit.ViTConfig(hidden_dim=40, depth=2, num_heads=5, mlp_dim=72, patch_size=8)
@@ -77,6 +79,32 @@ def test_disk_is_full_under_a_saved_model(model, tmp_path):
         pytest.raises(OSError, match=r"SavedModel cannot be written.*File too large"),
     ):
         export_saved_model(model, path, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_model_that_no_file_holds(model, tmp_path, monkeypatch):
+    count = model.count_params()
+    monkeypatch.setattr(tflite_module, "_LARGEST", 4 * count)
+    with pytest.raises(ValueError, match=rf"less than {count:,} weights, 2 GiB in.*with {count:,}"):
+        export_tflite(model, tmp_path / "model.tflite", mode="fp32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_litert_does_not_load_is_not_written(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.tflite"
+    export_tflite(model, path, mode="fp32")
+    before = contents(tmp_path)
+    file = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    dense = schema.BuiltinOperator.FULLY_CONNECTED
+    codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in file.operatorCodes]
+    graph = file.subgraphs[0]
+    layer = next(op for op in graph.operators if codes[op.opcodeIndex] == dense)
+    graph.tensors[layer.inputs[1]].type = schema.TensorType.BOOL
+    builder = flatbuffers.Builder()
+    builder.Finish(file.Pack(builder), b"TFL3")
+    monkeypatch.setattr(convert, "convert", lambda *_: bytes(builder.Output()))
+    with pytest.raises(RuntimeError, match=r"FULLY_CONNECTED.*failed to prepare"):
+        export_tflite(model, path, mode="fp32", overwrite=True)
     assert contents(tmp_path) == before
 
 

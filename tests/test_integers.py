@@ -2,6 +2,7 @@
 
 import types
 
+import keras
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
@@ -23,9 +24,8 @@ TYPES = {number: name for name, number in vars(schema.TensorType).items() if nam
 
 
 def build(**options):
-    model = keras_vit.build_vit(
-        CONFIG, image_size=SIZE, num_classes=7, **{"normalization": "imagenet", **options}
-    )
+    options = {"num_classes": 7, "normalization": "imagenet", **options}
+    model = keras_vit.build_vit(CONFIG, image_size=SIZE, **options)
     rng = np.random.default_rng(0)
     for weight in model.weights:
         weight.assign(rng.normal(0.02, 0.2, weight.shape) + (weight.name == "gamma"))
@@ -114,7 +114,7 @@ def test_int8_full_computes_products_in_8_bits(files, dtype):
     found = activations(files["int8_full", dtype, None])
     for name in ("BATCH_MATMUL", "GELU", "SOFTMAX", "SPLIT", "TRANSPOSE"):
         assert found[name] == {"INT8"}
-    for name in ("ADD", "MUL", "MEAN", "RSQRT"):
+    for name in ("ADD", "MUL", "MEAN", "RSQRT", "CONCATENATION", "SLICE"):
         assert found[name] == {"INT16"}
     assert set.union(*found.values()) == {"INT8", "INT16"}
 
@@ -190,6 +190,44 @@ def test_integer_ends_of_a_head_in_float(model, tmp_path, mode, dtype):
     # What is outside of the calibrated range is cut.
     low, high = (scale * (smallest + level - zero_point) for level in (0, 255))
     np.testing.assert_allclose(result, expected.clip(low, high), atol=0.51 * scale)
+
+
+def sigmoid_head():
+    vit = build(num_classes=0)
+    return keras.Model(vit.input, keras.layers.Dense(7, activation="sigmoid")(vit.output))
+
+
+def softmax_head():
+    vit = build()
+    return keras.Model(vit.input, keras.ops.softmax(vit.output))
+
+
+def tanh_features():
+    return build(num_classes=0, representation_size=11)
+
+
+def map_features():
+    return build(num_classes=0, pooling="map")
+
+
+@pytest.mark.parametrize("make", [sigmoid_head, softmax_head, tanh_features, map_features])
+@pytest.mark.parametrize("mode", export.NPU_MODES)
+def test_integer_ends_of_other_outputs(tmp_path, make, mode):
+    """What they end in has 8 bits already, or a range of its own."""
+    model = make()
+    paths = {
+        dtype: write(model, tmp_path / f"{dtype}.tflite", mode=mode, io_dtype=dtype)
+        for dtype in ("float32", "uint8", "int8")
+    }
+    images = random_images(30, seed=2)
+    expected, _, _ = run(paths["float32"], images)
+    assert np.ptp(expected) > 0.1
+    for dtype, smallest in (("uint8", 0), ("int8", -128)):
+        integers, _, (scale, zero_point) = run(paths[dtype], images + smallest)
+        assert scale < np.ptp(expected) / 60
+        low, high = (scale * (smallest + level - zero_point) for level in (0, 255))
+        result = scale * (integers.astype("float64") - zero_point)
+        np.testing.assert_allclose(result, expected.clip(low, high), atol=0.51 * scale)
 
 
 @pytest.mark.parametrize("mode", export.NPU_MODES)
