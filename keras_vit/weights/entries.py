@@ -87,7 +87,7 @@ def torch_entries(weights, depth, modules, tensors, patch_kernel=None):
             rows[weight] = same(*tensors[weight])
         elif layer in modules and leaf == "kernel":
             rows[weight] = transposed(*(f"{name}.weight" for name in modules[layer]))
-        elif layer in modules:
+        elif layer in modules and leaf in ("gamma", "beta", "bias"):
             kind = "weight" if leaf == "gamma" else "bias"
             rows[weight] = same(*(f"{name}.{kind}" for name in modules[layer]))
     return rows

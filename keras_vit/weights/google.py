@@ -111,11 +111,15 @@ def _unstacked(checkpoint):
 
 
 def _slice_reader(tensor, i, last):
-    """Reads one slice of a stack; `last` keeps the stack that was read last, and it alone."""
+    """Reads one slice of a stack.
+
+    `last` keeps the stacks that were read last: three, as a weight is of queries, keys and values.
+    """
 
     def read():
         if tensor.name not in last:
-            last.clear()
+            if len(last) == 3:
+                del last[next(iter(last))]
             last[tensor.name] = tensor.read()
         return last[tensor.name][i]
 
@@ -201,6 +205,8 @@ def entries(weights, arguments):
         row = layer.replace(f"block_{i}/", "block_{i}/")
         if weight in TENSORS:
             rows[weight] = same(TENSORS[weight])
+        elif leaf not in LEAVES:  # of a quantized layer, say
+            continue
         elif row in ATTENTIONS:
             rows[weight] = _attention(*ATTENTIONS[row], i, leaf, arguments["variant"])
         elif row in LAYERS and row == "patch_encoder/projection" and leaf == "kernel":

@@ -120,7 +120,9 @@ def describe(checkpoint, num_heads=None, image_size=None):
     assumed = {}
     if not (num_heads or facts.get("num_attention_heads")):
         assumed["num_heads"] = config.num_heads
-    if facts.get("image_mean") and facts.get("image_std"):
+    if facts.get("do_normalize") is False:  # whatever mean and deviation stand beside it
+        normalization = ((0.0,), (1.0,))
+    elif facts.get("image_mean") and facts.get("image_std"):
         normalization = normalization_of(facts["image_mean"], facts["image_std"])
     else:
         plain = not (dinov2 or distilled or registers)

@@ -147,8 +147,8 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
         A new model with the other weights as they are, frozen where the model's are.
 
     Raises:
-        ValueError: `model` is not of `build_vit`, or has other layers too, or a head with an
-            activation; or the size does not divide into patches.
+        ValueError: `model` is not of `build_vit`, or has other layers too, a head with an
+            activation, or quantized or LoRA weights; or the size does not divide into patches.
     """
     check_whole(model)
     arguments = vit_arguments(model)
@@ -160,6 +160,11 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
     finally:
         keras.config.set_dtype_policy(policy)
     old_weights = weights_by_path(model)
+    if added := sorted(set(old_weights) - set(weights_by_path(new))):
+        raise ValueError(
+            "`model` must be as `build_vit` makes it, neither quantized nor with LoRA. "
+            f"Received: a model with weights of its own, {listed(added)}."
+        )
     for name, weight in weights_by_path(new).items():
         value = keras.ops.convert_to_numpy(old_weights[name].value)
         if name == POSITIONS:
@@ -236,7 +241,9 @@ def _load(model, checkpoint, family, description, interpolation):
     if arguments["num_classes"] != described["num_classes"]:
         weights = _without_head(weights, described.get("representation_size") is not None)
     entries = _check_fit(checkpoint, family, weights, arguments, described)
-    for name in (name for entry in entries.values() for name in entry.names):
+    names = [name for entry in entries.values() for name in entry.names]
+    # By their place in the file: of stacked blocks, each stack is read once.
+    for name in sorted(names, key=lambda name: checkpoint.tensors[name].name):
         if not np.isfinite(_read(checkpoint, name)).all():
             raise checkpoint.error(f"{name} holds values that are not finite.")
 
@@ -253,7 +260,6 @@ def _load(model, checkpoint, family, description, interpolation):
             arguments,
             interpolation or description.interpolation,
         )
-    # By their place in the file: of stacked blocks, one stack is held at a time.
     for name in sorted(weights, key=lambda name: checkpoint.tensors[entries[name].names[0]].name):
         weights[name].assign(placed[name] if name in placed else value(name))
 

@@ -45,6 +45,7 @@ def canonical(checkpoint):
     A model that pools by the mean has a class token of no rows: it is left out.
     """
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    checkpoint.config["of_older_release"] = len(shapes.get("cls_token", ())) == 3
     if 0 in shapes.get("cls_token", ()):
         checkpoint = checkpoint.renamed(lambda name: None if name == "cls_token" else name)
     for name in ("cls_token", "pos_embedding"):
@@ -59,7 +60,8 @@ def describe(checkpoint, num_heads=None, image_size=None):
 
     Heads are 64 wide, as by the library's default, unless `num_heads` says otherwise. Images are
     gray if a patch has a square number of values, else RGB, and taken as they come: the library
-    does not say how to normalise pixels.
+    does not say how to normalise pixels. Of older releases, models that pool by the mean of all
+    tokens have a class token, too: such a file is taken for one that pools by it.
     """
     tensors = checkpoint.tensors
     hidden_dim, patch_values = checkpoint.shape("to_patch_embedding.2.weight", 2)
@@ -86,6 +88,11 @@ def describe(checkpoint, num_heads=None, image_size=None):
     )
     class_token = "cls_token" in tensors
     _, length, _ = checkpoint.shape("pos_embedding", 3)
+    assumed = {} if num_heads else {"num_heads": heads}
+    if channels == 1:
+        assumed["channels"] = channels
+    if class_token and checkpoint.config["of_older_release"]:
+        assumed["pooling"] = "token"
     return Description(
         {
             "variant": config,
@@ -105,8 +112,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
             "normalization": None,
         },
         interpolation="antialiased_bicubic",
-        assumed=({} if num_heads else {"num_heads": heads})
-        | ({"channels": channels} if channels == 1 else {}),
+        assumed=assumed,
     )
 
 

@@ -133,6 +133,26 @@ def test_resize_model_drops_no_layer(name):
         keras_vit.resize_model(model, 16)
 
 
+@pytest.mark.parametrize(("change", "added"), [("quantize", "kernel_scale"), ("lora", "lora_")])
+def test_changed_weights_are_not_taken_for_the_model(change, added, tmp_path):
+    """Nor written: int8 kernels without their scales, or without what LoRA learned."""
+    model = keras_vit.build_vit(CONFIG, image_size=12, num_classes=7, gelu="tanh")
+    path = tmp_path / "vit.npz"
+    keras_vit.save_checkpoint(model, path, "google")
+    if change == "quantize":
+        model.quantize("int8")
+    else:
+        model.get_layer("block_0").attention.qkv.enable_lora(4)
+    with pytest.raises(ValueError, match=rf"neither quantized nor with LoRA.*qkv/{added}"):
+        keras_vit.resize_model(model, 16)
+    for family, name in (("timm", "new.safetensors"), ("google", "new.npz")):
+        with pytest.raises(ValueError, match=rf"no place for what the model has.*{added}"):
+            keras_vit.save_checkpoint(model, tmp_path / name, family)
+    with pytest.raises(ValueError, match=rf"does not fit the model.\n  missing.*{added}"):
+        keras_vit.load_weights(model, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["vit.npz"]
+
+
 def test_resize_model_errors():
     model = keras_vit.build_vit(CONFIG, image_size=12, num_classes=7)
     with pytest.raises(ValueError, match=r"divisible by `patch_size`.*image_size=\(10, 10\)"):

@@ -1,10 +1,13 @@
 """Checkpoints of every family against the outputs of its own code, and back."""
 
+import collections
+import dataclasses
 import functools
 import json
 import os
 import pathlib
 import shutil
+import warnings
 import zipfile
 
 import keras
@@ -16,6 +19,7 @@ from conftest import randomise
 
 import keras_vit
 from keras_vit.model import vit_arguments
+from keras_vit.weights import google
 from keras_vit.weights.description import normalization_of
 
 DATA = pathlib.Path(__file__).parent.parent / "data" / "checkpoints"
@@ -421,12 +425,27 @@ def old_lucidrains(arrays):
         ("lucidrains_vit_cls", old_lucidrains),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*does not say its pooling")
 def test_other_spellings(name, change, tmp_path):
     arrays = change(tensors(name))
     write = write_npz if weights_file(name).suffix == ".npz" else write_safetensors
     path = write(tmp_path / weights_file(name).name, arrays)
     images, logits = outputs(name)["images"], outputs(name)["logits"]
     assert_same(predict(load(name, path), images), logits)
+
+
+def test_older_lucidrains_does_not_say_its_pooling(tmp_path):
+    """Its models that take the mean of all tokens have a class token, too."""
+    name = "lucidrains_vit_cls"
+    path = write_safetensors(tmp_path / "old.safetensors", old_lucidrains(tensors(name)))
+    heads = {"num_heads": vit_arguments(load(name))["variant"].num_heads}
+    with pytest.warns(UserWarning, match=r"does not say its pooling: took pooling='token'"):
+        keras_vit.from_checkpoint(path, **heads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras_vit.from_checkpoint(weights_file(name), **heads)
+        model = keras_vit.from_checkpoint(path, pooling="mean", **heads)
+    assert vit_arguments(model)["pooling"] == "mean"
 
 
 def test_deit_with_one_head_uses_the_class_token_alone(tmp_path):
@@ -489,6 +508,24 @@ def test_scan_stacks_in_a_model_of_the_same_weights(tmp_path):
     np.testing.assert_array_equal(predict(load(name), images), predict(other, images))
 
 
+def test_scan_stacks_are_read_twice_at_most(monkeypatch):
+    """To see that they are finite, and to take them: not for each block anew."""
+    reads, slice_reader = collections.Counter(), google._slice_reader
+
+    def counted(tensor, i, last):
+        def read():
+            reads[tensor.name] += 1
+            return tensor.read()
+
+        return slice_reader(dataclasses.replace(tensor, read=read), i, last)
+
+    monkeypatch.setattr(google, "_slice_reader", counted)
+    depth = vit_arguments(load("bigvision_scan"))["variant"].depth
+    assert depth > 1
+    assert len(reads) == 16
+    assert max(reads.values()) == 2
+
+
 # What stands beside the file
 
 
@@ -516,6 +553,17 @@ def test_config_of_huggingface(tmp_path):
     assert found["layer_norm_epsilon"] == 1e-5
     assert found["gelu"] == "tanh"
     assert found["normalization"] == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+def test_config_of_huggingface_without_normalization(tmp_path):
+    """Its mean and standard deviation stand there and are not used."""
+    preprocessor = {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    folder = folder_with(tmp_path, "hf_vit", preprocessor_config=preprocessor)
+    model = keras_vit.from_checkpoint(folder, num_heads=3)
+    assert vit_arguments(model)["normalization"] == ([0.0], [1.0])
+    pixels = np.array([0.0, 51.0, 255.0], "float32").reshape(1, 1, 1, 3)
+    scaled = keras.ops.convert_to_numpy(model.get_layer("normalization")(pixels))
+    np.testing.assert_allclose(scaled.ravel(), [0, 0.2, 1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
