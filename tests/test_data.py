@@ -516,6 +516,11 @@ class TestFolderErrors:
         fill_class(tmp_path, "cat", 3)
         self.check(tmp_path, r"at least two classes\. Received: .* the classes \['cat'\]")
 
+    def test_class_name_that_is_no_text(self, two_classes):
+        """As an old zip file leaves it: run.json could not hold it."""
+        os.rename(two_classes / "cat", os.fsencode(two_classes) + b"/caf\xe9")
+        self.check(two_classes, r"must be UTF-8: rename them.*\[b'caf\\xe9'\]")
+
     def test_empty_class(self, two_classes):
         (two_classes / "eel").mkdir()
         (two_classes / "eel" / "notes.txt").touch()

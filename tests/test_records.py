@@ -179,6 +179,17 @@ class TestFolderOfRecords:
             )
         assert grays(load(tmp_path).test) == [(7, 0), (8, 1)]
 
+    @pytest.mark.parametrize(
+        "name", ["cifar10_{}.tfrecord", "a_{}_00000-of-00001.tfrecord", "1.{}.tfrecord"]
+    )
+    def test_names_of_slim(self, tmp_path, name):
+        for split, first in (("train", 0), ("validation", 20), ("test", 30)):
+            write_split(tmp_path, name.format(split), [0, 1], first)
+        data = load(tmp_path)
+        assert [gray for gray, _ in grays(data.train)] == [0, 1]
+        assert [gray for gray, _ in grays(data.validation)] == [20, 21]
+        assert [gray for gray, _ in grays(data.test)] == [30, 31]
+
     @pytest.mark.parametrize("name", ["train.tfrecord", "00000.tfrecord"])
     def test_train_alone_is_split_by_class(self, tmp_path, name):
         """Sorted by class, as a careless writer leaves them."""

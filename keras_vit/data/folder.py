@@ -75,7 +75,7 @@ def load_folder(path: str | os.PathLike, *, skip_unreadable: bool = False) -> Im
         **{name: _to_split(root, files[name], facts) for name in files},
         image_size=_median_size([facts[file] for file, _ in files["train"]]),
         fingerprint=_fingerprint(root, class_names, files),
-        skipped=tuple(str(root / file) for file in sorted(unreadable)),
+        skipped=tuple(os.fsencode(root / f).decode(errors="replace") for f in sorted(unreadable)),
     )
 
 
@@ -143,6 +143,11 @@ def _list_classes(root: Path, folder: Path) -> Classes:
             "An image folder must hold a folder of images for each class. "
             f"Received: path={str(folder)!r} without any folder inside."
         )
+    if bad := [os.fsencode(name) for name in classes if not _is_text(name)]:
+        raise ValueError(
+            "The names of class folders must be UTF-8: rename them. "
+            f"Received: path={str(folder)!r} with {bad}."
+        )
     if empty := [name for name, files in classes.items() if not files]:
         raise ValueError(
             f"Every class folder must hold images ({', '.join(EXTENSIONS)}). "
@@ -158,6 +163,14 @@ def _list_classes(root: Path, folder: Path) -> Classes:
             stacklevel=2,
         )
     return classes
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def list_images(root: Path, folder: Path) -> list[str]:

@@ -28,7 +28,7 @@ from keras_vit.data.structures import (
 )
 
 _FILE = re.compile(r"^[^.].*(\.tfrecords?\b|-\d{5}-of-\d{5}$)")
-_SPLIT = re.compile(r"(?:.*?-)?(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?:.*?[-_.])?(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
 _IMAGE_KEYS = ("image/encoded", "image", "jpg")
 _LABEL_KEYS = ("image/class/label", "label")
 _TEXT_KEY = "image/class/text"
@@ -45,9 +45,9 @@ def load_tfrecord(path: str | os.PathLike) -> ImageData:
     """Loads a folder of TFRecord files of `tf.train.Example`s with images and labels.
 
     The files are those named `*.tfrecord*` or `*-00000-of-01024`. Their names begin with
-    "train", "validation" (or "valid", "val") or "test", or have it behind a hyphen, as those of
-    TFDS, "flowers-train"; where none does, all are "train". Splits that are missing are carved out
-    of "train", the last records of each class, at least one:
+    "train", "validation" (or "valid", "val") or "test", or have it behind "-", "_" or ".", as
+    those of TFDS, "flowers-train", and of slim, "cifar10_train"; where none does, all are "train".
+    Splits that are missing are carved out of "train", the last records of each class, at least one:
 
     - without both others: 10 % for validation and 10 % for test;
     - without validation: 10 % for validation;
@@ -118,8 +118,8 @@ def _list_files(root: Path) -> dict[str, list[str]]:
         roles = dict.fromkeys(names, "train")
     if other := [name for name, role in roles.items() if not role]:
         raise ValueError(
-            "The names of all TFRecord files must begin with a split or have it behind a hyphen, "
-            "or those of none. "
+            "The names of all TFRecord files must begin with a split or have it behind '-', '_' "
+            "or '.', or those of none. "
             f"Received: path={str(root)!r} with {other[:3]} beside others."
         )
     if "train" not in roles.values():
@@ -135,7 +135,7 @@ def _list_files(root: Path) -> dict[str, list[str]]:
 
 
 def _role(name: str) -> str:
-    """The split that a file's name begins with or has behind a hyphen, or ""."""
+    """The split that a file's name begins with or has behind a mark, or ""."""
     match = _SPLIT.match(name)
     return SPLIT_NAMES[match[1].lower()] if match else ""
 
