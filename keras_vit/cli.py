@@ -301,9 +301,10 @@ def evaluate(
     images = run.data(data, skip_unreadable)
     name = split.value if data is None else f"{run_name(data)}-{split.value}"
     folder = run.folder / "evaluation" / name
-    _check_same_images(folder / "evaluation.json", images.name)
-    result = evaluate(run.model(), getattr(images, split.value), run.class_names)
-    result.save(folder, data=images.name, split=split.value)
+    _check_same_images(folder / "evaluation.json", images)
+    part = getattr(images, split.value)
+    result = evaluate(run.model(), part, run.class_names, run.images_at_once)
+    result.save(folder, data=images.name, split=split.value, fingerprint=images.fingerprint)
     table = Table("class", title=f"{split.value} images of {escape(images.name)}")
     for column in ("images", "precision", "recall", "f1"):
         table.add_column(column, justify="right")
@@ -603,14 +604,16 @@ def export_files(run, model, folder, modes, **options):
     return reports
 
 
-def _check_same_images(path, name):
+def _check_same_images(path, images):
     """ValueError if the evaluation that stands at a path is of other data of the same name."""
     if not path.exists():
         return
-    other = json.loads(path.read_text(encoding="utf-8"))["data"]
-    if other != name:
+    other = json.loads(path.read_text(encoding="utf-8"))
+    is_same = other.get("fingerprint") == images.fingerprint  # at another path
+    if other.get("data") != images.name and not is_same:
         raise ValueError(
-            f"{path.parent} has the result on {other}: rename it, or the data. Received: {name}."
+            f"{path.parent} has the result on {other.get('data')}: rename it, or the data. "
+            f"Received: {images.name}."
         )
 
 

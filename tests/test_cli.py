@@ -127,6 +127,18 @@ def test_evaluate(digits_run, tmp_path):
     assert json.loads((folder / "evaluation.json").read_text())["data"] == "digits"
 
 
+def test_evaluation_of_the_same_images_at_another_path_is_replaced(digits_run, tmp_path):
+    folder = shutil.copytree(digits_run.folder, tmp_path / "run")
+    invoke("evaluate", folder)
+    path = folder / "evaluation" / "test" / "evaluation.json"
+    moved = {**json.loads(path.read_text()), "data": "folder:/elsewhere/../photos", "top1": 0}
+    path.write_text(json.dumps(moved))
+    invoke("evaluate", folder)
+    replaced = json.loads(path.read_text())
+    assert replaced["data"] == "digits"
+    assert replaced["top1"] > 0.9
+
+
 def test_evaluation_of_other_data_stays(digits_run, tmp_path):
     folder = shutil.copytree(digits_run.folder, tmp_path / "run")
     path = folder / "evaluation" / "test" / "evaluation.json"

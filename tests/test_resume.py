@@ -271,15 +271,15 @@ def test_all_devices_of_a_machine_train_as_one(tmp_path, monkeypatch, uninterrup
 
 
 @pytest.mark.parametrize(
-    ("signalled", "writes", "stops_at"),
+    ("signalled", "writes", "saved_at"),
     [
-        (7, True, 7),  # whoever writes stops at once,
-        (7, False, 10),  # and others when all ask,
-        (None, True, 10),  # as one does that hears it of another.
-        (None, False, 10),
+        (7, True, [7, 10]),  # Whoever writes saves at once, and stops when all ask,
+        (7, False, []),  # as others do,
+        (None, True, [10]),  # and as one that hears it of another.
+        (None, False, []),
     ],
 )
-def test_workers_stop_at_one_step(signalled, writes, stops_at, monkeypatch):
+def test_workers_stop_at_one_step(signalled, writes, saved_at, monkeypatch):
     saved, asked = [], []
     monkeypatch.setattr(callbacks, "save_state", lambda *args: saved.append(args[2]["step"]))
 
@@ -305,10 +305,24 @@ def test_workers_stop_at_one_step(signalled, writes, stops_at, monkeypatch):
                 checkpoints.stopped_by = "SIGTERM"
             checkpoints.on_train_batch_end(batch)
 
-    with pytest.raises(TrainingInterrupted, match=f"Stopped by .* at step {stops_at}"):
+    with pytest.raises(TrainingInterrupted, match=r"Stopped by .* at step 10"):
         steps()
-    assert saved == ([stops_at] if writes else [])
-    assert len(asked) == (0 if stops_at == 7 else 2)  # to know, and to wait for who writes
+    assert saved == saved_at
+    assert len(asked) == 2  # to know, and to wait for who writes
+
+
+def test_who_is_alone_stops_at_once(monkeypatch):
+    saved = []
+    monkeypatch.setattr(callbacks, "save_state", lambda *args: saved.append(args[2]["step"]))
+    times = {"every_steps": None, "every_minutes": None}
+    checkpoints = Checkpoints("run", BestModel(None), 12, **times, keep=1)
+    checkpoints.set_model(types.SimpleNamespace(stop_training=False))
+    checkpoints.on_epoch_begin(0)
+    checkpoints.on_train_batch_end(5)
+    checkpoints.stopped_by = "SIGTERM"
+    with pytest.raises(TrainingInterrupted, match="Stopped by SIGTERM at step 7"):
+        checkpoints.on_train_batch_end(6)
+    assert saved == [7]
 
 
 def test_worker_that_was_told_to_stop_is_not_lost():

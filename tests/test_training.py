@@ -4,7 +4,10 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import pathlib
 import re
+import types
 
 import keras
 import numpy as np
@@ -32,7 +35,8 @@ from keras_vit.training.callbacks import BestModel
 from keras_vit.training.evaluation import MISTAKES, evaluate, plot_mistakes, predict
 from keras_vit.training.optimizers import build_optimizer
 from keras_vit.training.recipes import resolve_recipe
-from keras_vit.training.run import new_run_folder
+from keras_vit.training.run import Run, forget_old_run, new_run_folder
+from keras_vit.training.workers import Workers
 from keras_vit.weights import save_checkpoint
 
 SMALL = Recipe(ViTConfig(16, 2, 2, 24, 4), image_size=8, epochs=2, batch_size=128)
@@ -233,6 +237,41 @@ def test_existing_run_is_kept_or_replaced(tmp_path):
     assert len(history(load_run(out))) == 2
 
 
+def test_run_that_goes_on_forgets_what_it_replaced(tmp_path):
+    """Of which its process was killed before it could."""
+    out, old = tmp_path / "run", tmp_path / ".run.old"
+    old.mkdir()
+    out.mkdir()
+    forget_old_run(out)
+    assert old.exists()
+    (out / "checkpoints" / "step-00000005").mkdir(parents=True)
+    forget_old_run(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("out", ["run", "photos/run", "photos/../photos/a/run"])
+def test_run_folder_is_no_class(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    match = r"outside of the images' folder" if out != "run" else "Every class folder must hold"
+    with pytest.raises(ValueError, match=match):
+        train("folder:photos", out)
+    assert not pathlib.Path(out).exists()
+
+
+def test_evaluation_takes_no_more_memory_than_training():
+    recipe = {"batch_size": 96, "micro_batches": 4}
+    assert Run("run", {"recipe": recipe, "replicas": 3}).images_at_once == 8
+    assert (
+        Run("run", {"recipe": {**recipe, "batch_size": 4096}, "replicas": 1}).images_at_once == 128
+    )
+    recipe = dataclasses.replace(RECIPES["tiny"], batch_size=48, micro_batches=4)
+    model = types.SimpleNamespace(input_shape=(None, 8, 10, 3))
+    _, validation = fitting._batches(load_data("digits"), recipe, model, 0, Workers(), 0)
+    images, _ = next(iter(validation))
+    assert images.shape == (12, 8, 10, 3)
+
+
 @pytest.mark.parametrize(
     ("made", "stays"),
     [
@@ -243,20 +282,27 @@ def test_existing_run_is_kept_or_replaced(tmp_path):
         (("best.keras",), "new"),
     ],
 )
-def test_old_run_is_put_back_without_anything_to_go_on_from(made, stays, tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_old_run_is_put_back_without_anything_to_go_on_from(made, stays, killed, tmp_path):
+    """Also where the process that replaced it was killed, by the next that does."""
     out = tmp_path / "run"
     out.mkdir()
     for name in ("run.json", "old"):
         (out / name).touch()
 
-    def begin():
+    def begin(made):
         with new_run_folder(out, overwrite=True) as folder:
-            for name in ("new", *made):
+            for name in made:
                 (folder / name).mkdir()
             raise OSError("The disk is full.")
 
+    if killed:
+        os.rename(out, tmp_path / ".run.old")
+        for name in ("run.json", "new", *made):
+            (out / name).mkdir(parents=True)
+        made = ()
     with pytest.raises(OSError, match="full"):
-        begin()
+        begin(("new", *made))
     assert (out / stays).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -469,7 +515,7 @@ def test_most_confident_mistakes(tmp_path):
     images = np.zeros((5, 4, 6, 3), "uint8")
     images[..., 1] = np.reshape(shades, (5, 1, 1))
     split = array_split(images, np.array([0, 2, 0, 1, 2]))
-    names = ("red", "$green{", "blue" * 9)
+    names = ("$5_$10", "$green{", "blue" * 9)
     result = evaluate(colour_model(), split, names, batch_size=2)
     assert [m.index for m in result.mistakes] == [0, 2, 4, 1]
     assert [m.label for m in result.mistakes] == [0, 0, 2, 2]
@@ -481,7 +527,7 @@ def test_most_confident_mistakes(tmp_path):
     result.save(tmp_path)
     [first, *_] = json.loads((tmp_path / "evaluation.json").read_text())["mistakes"]
     probability = first.pop("probability")
-    assert first == {"index": 0, "class": "red", "predicted": "$green{"}
+    assert first == {"index": 0, "class": "$5_$10", "predicted": "$green{"}
     assert probability == result.mistakes[0].probability
     with Image.open(tmp_path / "mistakes.png") as image:
         assert min(image.size) > 300

@@ -174,11 +174,11 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def terminated(tmp_path_factory):
-    """The folder of two workers, of which one got SIGTERM in the midst of epoch 0: no chief."""
+    """The folder of two workers, of which the chief alone got SIGTERM in the midst of epoch 0."""
     folder = tmp_path_factory.mktemp("terminated")
     with workers(folder, 2, *TRAIN, "--strategy", "multiworker") as processes:
         wait_for_checkpoint(folder, processes[0], epoch=0)
-        processes[1].send_signal(signal.SIGTERM)
+        processes[0].send_signal(signal.SIGTERM)
         codes = [process.wait(120) for process in processes]
     assert codes == [0, 0], (folder / "0.err").read_text()
     return folder

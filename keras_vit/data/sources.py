@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from keras_vit.data.digits import load_digits
@@ -48,3 +49,16 @@ def load_data(spec: str, *, skip_unreadable: bool = False) -> ImageData:
         return load_tfds(rest)
     hint = f' Did you mean "folder:{spec}"?' if Path(spec).is_dir() else ""
     raise ValueError(f"`spec` must be {_FORMS}. Received: spec={spec!r}.{hint}")
+
+
+def check_outside(spec: str, out: str | os.PathLike) -> None:
+    """Raises ValueError if a folder to write is in the folder of images, where it is a class."""
+    source, _, rest = spec.partition(":")
+    if source != "folder":
+        return
+    images, target = (Path(path).expanduser().resolve() for path in (rest, out))
+    if target.is_relative_to(images):
+        raise ValueError(
+            "The folder to write must be outside of the images' folder, whose folders are the "
+            f"classes. Received: {str(out)!r}, in {str(images)!r}."
+        )

@@ -113,8 +113,8 @@ class BestModel(keras.callbacks.Callback):
 class Checkpoints(keras.callbacks.Callback):
     """Saves what the next step depends on, after every epoch and within it.
 
-    SIGTERM and Ctrl-C (SIGINT) save one, too, and end the training; of a worker that does not
-    write, within `ASK_EVERY` steps, when all workers ask each other.
+    SIGTERM and Ctrl-C (SIGINT) save one, too, and end the training; of one of several workers
+    within `ASK_EVERY` steps, when all of them ask each other.
 
     A checkpoint that cannot be written, as on a full disk, is a warning, and the one before stays.
 
@@ -126,7 +126,7 @@ class Checkpoints(keras.callbacks.Callback):
         every_minutes: Minutes between checkpoints, or None.
         keep: How many stay, at least 1.
         any_worker: Function from whether this worker is to stop to whether any is, which all of
-            them call at the same steps.
+            them call at the same steps; None for one alone.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Checkpoints(keras.callbacks.Callback):
         every_steps,
         every_minutes,
         keep,
-        any_worker=bool,
+        any_worker=None,
     ):
         super().__init__()
         self.folder = folder
@@ -149,6 +149,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.every_minutes = every_minutes
         self.keep = keep
         self.stopped_by = None  # the name of a signal
+        self.saved_as_told = False
         self.last_time = time.monotonic()
 
     @contextlib.contextmanager
@@ -187,30 +188,35 @@ class Checkpoints(keras.callbacks.Callback):
         step = batch + 1
         if step == self.steps_per_epoch:
             return  # the validation and its results come first
-        all_stop = step % ASK_EVERY == 0 and self._any_is_to_stop()
-        if self.folder is not None and (self.stopped_by or self._is_due(self.epoch, step)):
+        alone = self.any_worker is None
+        all_stop = (alone or step % ASK_EVERY == 0) and self._any_is_to_stop()
+        # Told between two times of asking, the chief saves at once: it may not be given the time.
+        is_new = self.stopped_by and not self.saved_as_told
+        if self.folder is not None and (all_stop or is_new or self._is_due(self.epoch, step)):
             self._save(self.epoch, step)
-        self._stop_if_told(self.epoch, step, all_stop)
+        if all_stop:
+            self._stop(self.epoch, step)
 
     def on_epoch_end(self, epoch, logs=None):
         all_stop = self._any_is_to_stop()
         if self.folder is not None:
             self._save(epoch + 1, 0)
-        self._stop_if_told(epoch + 1, 0, all_stop)
+        if all_stop:
+            self._stop(epoch + 1, 0)
 
     def _any_is_to_stop(self):
+        if self.any_worker is None:
+            return self.stopped_by is not None
         any_stops = self.any_worker(self.stopped_by is not None)
         if any_stops and self.stopped_by is None:
             self.stopped_by = "a signal to another worker"
         return any_stops
 
-    def _stop_if_told(self, epoch, step, all_stop):
-        # Told between two times of asking, the chief stops alone, and the others notice.
-        if all_stop or (self.stopped_by and self.folder is not None):
-            if all_stop:
-                self.any_worker(True)  # waits until the chief has saved
-            step += epoch * self.steps_per_epoch
-            raise TrainingInterrupted(f"Stopped by {self.stopped_by} at step {step}.")
+    def _stop(self, epoch, step):
+        if self.any_worker is not None:
+            self.any_worker(True)  # waits until the chief has saved
+        step += epoch * self.steps_per_epoch
+        raise TrainingInterrupted(f"Stopped by {self.stopped_by} at step {step}.")
 
     def _is_due(self, epoch, step):
         step_due = time_due = False
@@ -239,6 +245,7 @@ class Checkpoints(keras.callbacks.Callback):
                 stacklevel=2,
             )
         self.last_time = time.monotonic()
+        self.saved_as_told = self.stopped_by is not None
 
 
 class Progress(keras.callbacks.Callback):

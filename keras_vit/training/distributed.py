@@ -41,8 +41,9 @@ class DistributedModel(StrategyModel):
         with tf.distribute.MirroredStrategy().scope():
             vit = keras_vit.build_vit("S/16", drop_path=0.1, normalization="imagenet")
             model = DistributedModel(vit.input, vit.output)
-            model.compile("adamw", "sparse_categorical_crossentropy", micro_batches=4)
-        model.fit(dataset)
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile("adamw", loss, micro_batches=4)
+        model.fit(dataset)  # images (B, 224, 224, 3) in [0, 255], and their classes (B,)
 
     Args:
         *args: As of `keras.Model`: inputs and outputs.

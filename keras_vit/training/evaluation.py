@@ -203,8 +203,9 @@ def plot_confusion(evaluation):
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_title(f"top-1 {evaluation.top1:.2%} on {counts.sum():,} images")
     if classes <= 40:
-        axes.set_xticks(range(classes), evaluation.class_names, rotation=90)
-        axes.set_yticks(range(classes), evaluation.class_names)
+        plain = {"parse_math": False}  # "$" is a character
+        axes.set_xticks(range(classes), evaluation.class_names, rotation=90, **plain)
+        axes.set_yticks(range(classes), evaluation.class_names, **plain)
     if classes <= 20:
         for row, column in np.argwhere(counts):
             color = "white" if shares[row, column] > 0.5 else "black"

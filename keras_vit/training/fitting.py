@@ -47,7 +47,7 @@ def fit_and_record(run, vit, model, data, recipe, console, workers, position=Non
         best = _fit(run, vit, model, data, recipe, console, workers, position)
         results.update(best_epoch=best.epoch, validation_accuracy=best.accuracy, status="finished")
         if workers.is_chief:
-            tested = evaluate(run.model(), data.test, run.class_names)
+            tested = evaluate(run.model(), data.test, run.class_names, run.images_at_once)
             results["test_accuracy"] = tested.top1
     except BaseException as error:
         interrupted = isinstance(error, TrainingInterrupted)
@@ -94,7 +94,7 @@ def _fit(run, vit, model, data, recipe, console, workers, position):
         every_steps=options["checkpoint_steps"],
         every_minutes=options["checkpoint_minutes"],
         keep=options["keep_checkpoints"],
-        any_worker=workers.any,
+        any_worker=workers.any if workers.several else None,
     )
     progress = Progress(console, recipe.batch_size)
     finite = StopOnNonFinite(position["step"])
@@ -130,6 +130,7 @@ def _logs(run, workers):
 def _batches(data, recipe, model, seed, workers, first_step):
     """The batches of training, from a step on, and those of validation."""
     size, batch_size = model.input_shape[1:3], recipe.batch_size
+    at_once = batch_size // recipe.micro_batches  # what a training step holds, and more
 
     def training(shard):
         return training_batches(
@@ -145,12 +146,12 @@ def _batches(data, recipe, model, seed, workers, first_step):
 
     def validation(shard):
         return evaluation_batches(
-            data.validation, size, batch_size, data.num_classes, shard=shard, cached=True
+            data.validation, size, at_once, data.num_classes, shard=shard, cached=True
         )
 
     return (
         workers.distribute(training, batch_size, drop_remainder=True),
-        workers.distribute(validation, batch_size, drop_remainder=False),
+        workers.distribute(validation, at_once, drop_remainder=False),
     )
 
 

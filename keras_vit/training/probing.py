@@ -31,6 +31,7 @@ from sklearn.preprocessing import StandardScaler
 from keras_vit.config import check_positive_int
 from keras_vit.data import load_data
 from keras_vit.data.pipeline import resize, untuned
+from keras_vit.data.sources import check_outside
 from keras_vit.files import replacing, write_json
 from keras_vit.model import vit_arguments
 from keras_vit.training.backbone import load_backbone
@@ -155,10 +156,12 @@ def probe(
     limits["train"] = train_images or TRAIN_IMAGES
     out = pathlib.Path(out)
     check_probe_folder(out)
+    if isinstance(data, str):
+        check_outside(data, out)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     path = local_path(weights)
     model = load_backbone(
-        path, image_size=image_size, num_heads=num_heads, normalization=normalization
+        weights, image_size=image_size, num_heads=num_heads, normalization=normalization
     )
     data = load_data(data, skip_unreadable=skip_unreadable)
     info = {"weights": str(weights), "sha256": sha256(path), **_describe(model, data, limits)}
@@ -486,7 +489,8 @@ def plot_probe(result):
     for accuracy, style, color, label in lines:
         axes.axhline(accuracy, linestyle=style, color=color, label=label)
     axes.set(xlabel="training images per class", ylabel="test accuracy")
-    axes.set_title(f"{result.info['width']} features on {result.info['data']}")
+    title = f"{result.info['width']} features on {result.info['data']}"
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import secrets
 import shutil
 
 import keras
@@ -49,6 +48,13 @@ class Run:
     def model_name(self):
         """Name of the model, such as "vit_Ti16"."""
         return self.info["model"]["name"]
+
+    @property
+    def images_at_once(self):
+        """Images that a device had room for in training: at most 128."""
+        recipe = self.info["recipe"]
+        parts = recipe["micro_batches"] * self.info["replicas"]
+        return min(128, max(1, recipe["batch_size"] // parts))
 
     def model(self, which="best"):
         """Loads the "best" or the "last" model."""
@@ -147,11 +153,16 @@ def new_run_folder(folder, overwrite):
 
     Yields:
         The folder as a `pathlib.Path`. At the end, the run that stood there is put back if there
-        is neither a model of the new one nor, unless it diverged, a checkpoint.
+        is neither a model of the new one nor, unless it diverged, a checkpoint. Of a process that
+        was killed, `resume` or the next one that replaces the run makes up for it.
     """
     check_run_folder(folder, overwrite)
     folder = pathlib.Path(folder).resolve()
-    old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+    old = _old_run(folder)
+    if overwrite and old.exists():
+        shutil.rmtree(old if _has_begun(folder) else folder, ignore_errors=True)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
     if folder.exists():
         os.replace(folder, old)
     folder.mkdir(parents=True)
@@ -162,10 +173,27 @@ def new_run_folder(folder, overwrite):
         diverged = True
         raise
     finally:
-        can_go_on = not diverged and any(folder.glob("checkpoints/step-*"))
-        begun = (folder / "best.keras").exists() or can_go_on
-        if old.exists() and begun:
-            shutil.rmtree(old)
-        elif old.exists():
-            shutil.rmtree(folder)
-            os.replace(old, folder)
+        if overwrite and old.exists():
+            if _has_begun(folder, diverged):
+                shutil.rmtree(old)
+            else:
+                shutil.rmtree(folder)
+                os.replace(old, folder)
+
+
+def forget_old_run(folder):
+    """Removes what a run replaced, if that has begun: its process was killed before it could."""
+    folder = pathlib.Path(folder).resolve()
+    if _has_begun(folder):
+        shutil.rmtree(_old_run(folder), ignore_errors=True)
+
+
+def _old_run(folder):
+    """Where a run is while another is made in its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _has_begun(folder, diverged=False):
+    """Whether a run has a model or, unless it diverged, a checkpoint to go on from."""
+    can_go_on = not diverged and any(folder.glob("checkpoints/step-*"))
+    return (folder / "best.keras").exists() or can_go_on

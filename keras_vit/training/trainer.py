@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_vit.config import ViTConfig, check_count, check_positive_int
 from keras_vit.data import load_data
+from keras_vit.data.sources import check_outside
 from keras_vit.files import write_text
 from keras_vit.model import vit_arguments
 from keras_vit.training.backbone import load_backbone
@@ -22,7 +23,13 @@ from keras_vit.training.checkpoints import check_state, current_state, load_stat
 from keras_vit.training.fitting import fit_and_record, lost_workers
 from keras_vit.training.recipes import Recipe, resolve_recipe
 from keras_vit.training.report import chief_console, print_header, print_large
-from keras_vit.training.run import Run, check_run_folder, load_run, new_run_folder
+from keras_vit.training.run import (
+    Run,
+    check_run_folder,
+    forget_old_run,
+    load_run,
+    new_run_folder,
+)
 from keras_vit.training.workers import join_workers
 from keras_vit.versions import versions
 from keras_vit.weights.sources import local_path, sha256
@@ -104,6 +111,7 @@ def train(
     _check_checkpoints(checkpoint_steps, checkpoint_minutes, keep_checkpoints)
     early = resolve_recipe(recipe, (0, 0), overrides, weights)
     _check_source(data)
+    check_outside(data, out)
     workers = join_workers(strategy)
     if workers.is_chief:
         check_run_folder(out, overwrite)
@@ -194,6 +202,7 @@ def resume(run, *, strategy="auto"):
         if position is not None:
             _restore(model, state, workers)
     if workers.is_chief:
+        forget_old_run(run.folder)
         _cut_history(run.folder, position["epoch"] if position else 0)
     done = position["step"] if position else 0
     console.print(f"from step {done:,} of {recipe.epochs * steps_per_epoch(recipe, data):,}")
@@ -320,7 +329,7 @@ def _load_weights(weights, num_heads, recipe):
         return None, None
     path = local_path(weights)
     backbone = load_backbone(
-        path,
+        weights,
         image_size=recipe.image_size,
         num_heads=num_heads,
         pooling=recipe.pooling,
