@@ -200,8 +200,9 @@ def ends_in_softmax(model):
     last = getattr(model, "operations", model.layers)[-1]  # a layer, or a function of keras.ops
     if isinstance(last, keras.Model):
         return ends_in_softmax(last)
+    is_softmax = isinstance(last, keras.layers.Softmax) or type(last).__name__ == "Softmax"
     softmax = (keras.activations.softmax, keras.ops.softmax)
-    return type(last).__name__ == "Softmax" or getattr(last, "activation", None) in softmax
+    return is_softmax or getattr(last, "activation", None) in softmax
 
 
 def _heads(model):

@@ -180,7 +180,13 @@ class TestFolderOfRecords:
         assert grays(load(tmp_path).test) == [(7, 0), (8, 1)]
 
     @pytest.mark.parametrize(
-        "name", ["cifar10_{}.tfrecord", "a_{}_00000-of-00001.tfrecord", "1.{}.tfrecord"]
+        "name",
+        [
+            "cifar10_{}.tfrecord",
+            "a_{}_00000-of-00001.tfrecord",
+            "1.{}.tfrecord",
+            "a_train_b-{}.tfrecord-00000-of-00001",
+        ],
     )
     def test_names_of_slim(self, tmp_path, name):
         for split, first in (("train", 0), ("validation", 20), ("test", 30)):

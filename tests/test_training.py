@@ -29,6 +29,7 @@ from keras_vit.training import (
     load_run,
     resume,
     train,
+    trainer,
 )
 from keras_vit.training.building import build_model, model_arguments
 from keras_vit.training.callbacks import BestModel
@@ -249,6 +250,18 @@ def test_run_that_goes_on_forgets_what_it_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_address_of_weights_says_more_than_its_file(monkeypatch):
+    """What is known of a public checkpoint is found by it."""
+    seen = []
+    monkeypatch.setattr(trainer, "local_path", lambda weights: pathlib.Path("cached.npz"))
+    monkeypatch.setattr(trainer, "sha256", lambda path: str(path))
+    monkeypatch.setattr(trainer, "load_backbone", lambda weights, **_: seen.append(weights))
+    address = "https://storage.googleapis.com/vit_models/augreg/S_16.npz"
+    source, _ = trainer._load_weights(address, None, RECIPES["finetune_small"])
+    assert seen == [address]
+    assert source == {"path": address, "sha256": "cached.npz", "num_heads": None}
+
+
 @pytest.mark.parametrize("out", ["run", "photos/run", "photos/../photos/a/run"])
 def test_run_folder_is_no_class(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -270,6 +283,13 @@ def test_evaluation_takes_no_more_memory_than_training():
     _, validation = fitting._batches(load_data("digits"), recipe, model, 0, Workers(), 0)
     images, _ = next(iter(validation))
     assert images.shape == (12, 8, 10, 3)
+
+
+def test_what_training_tests_with(tmp_path, monkeypatch):
+    taken, whole = [], fitting.evaluate
+    monkeypatch.setattr(fitting, "evaluate", lambda *args: taken.append(args[3]) or whole(*args))
+    run = train_small(tmp_path / "run", epochs=1, batch_size=64, micro_batches=4)
+    assert taken == [16] == [run.images_at_once]
 
 
 @pytest.mark.parametrize(
@@ -301,8 +321,9 @@ def test_old_run_is_put_back_without_anything_to_go_on_from(made, stays, killed,
         for name in ("run.json", "new", *made):
             (out / name).mkdir(parents=True)
         made = ()
+    begun = ("newer",) if killed else ("new", *made)
     with pytest.raises(OSError, match="full"):
-        begin(("new", *made))
+        begin(begun)
     assert (out / stays).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -229,7 +229,7 @@ def test_sigterm_saves_and_says_how_to_go_on(terminated):
     assert position["epoch"] == 0
     step = position["step"]
     assert position["step_of_epoch"] == step == 10  # when they ask each other
-    said = f"by a signal to another worker at step {step}. Continue with: keras-vit train --resume"
+    said = f"Stopped by SIGTERM at step {step}. Continue with: keras-vit train --resume"
     assert said in (terminated / "0.out").read_text()
     assert load_run(run).info["results"]["status"] == "interrupted"
     assert list((terminated / "1").iterdir()) == []

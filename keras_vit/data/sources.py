@@ -54,10 +54,12 @@ def load_data(spec: str, *, skip_unreadable: bool = False) -> ImageData:
 def check_outside(spec: str, out: str | os.PathLike) -> None:
     """Raises ValueError if a folder to write is in the folder of images, where it is a class."""
     source, _, rest = spec.partition(":")
-    if source != "folder":
+    if source != "folder" or not rest:
         return
     images, target = (Path(path).expanduser().resolve() for path in (rest, out))
-    if target.is_relative_to(images):
+    if not target.is_relative_to(images):
+        return
+    if not any(name.startswith(".") for name in target.relative_to(images).parts):  # passed over
         raise ValueError(
             "The folder to write must be outside of the images' folder, whose folders are the "
             f"classes. Received: {str(out)!r}, in {str(images)!r}."

@@ -28,7 +28,7 @@ from keras_vit.data.structures import (
 )
 
 _FILE = re.compile(r"^[^.].*(\.tfrecords?\b|-\d{5}-of-\d{5}$)")
-_SPLIT = re.compile(r"(?:.*?[-_.])?(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
 _IMAGE_KEYS = ("image/encoded", "image", "jpg")
 _LABEL_KEYS = ("image/class/label", "label")
 _TEXT_KEY = "image/class/text"
@@ -46,8 +46,9 @@ def load_tfrecord(path: str | os.PathLike) -> ImageData:
 
     The files are those named `*.tfrecord*` or `*-00000-of-01024`. Their names begin with
     "train", "validation" (or "valid", "val") or "test", or have it behind "-", "_" or ".", as
-    those of TFDS, "flowers-train", and of slim, "cifar10_train"; where none does, all are "train".
-    Splits that are missing are carved out of "train", the last records of each class, at least one:
+    those of TFDS, "flowers-train", and of slim, "cifar10_train" (of several the
+    last one counts); where none does, all are "train". Splits that are missing are carved out of
+    "train", the last records of each class, at least one:
 
     - without both others: 10 % for validation and 10 % for test;
     - without validation: 10 % for validation;

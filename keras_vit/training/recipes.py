@@ -282,8 +282,8 @@ RECIPES = types.MappingProxyType(
             purpose="images of up to 64 px, in minutes",
             source="this package",
             expect="0.911 on Fashion-MNIST, in 55 min on 2 CPU cores; 0.915 at 28 px in bfloat16, "
-            "in 54 min on slower ones, and 0.913 with 25 epochs; 0.894 at 28 px with patches of 7, "
-            "15 epochs, min_crop_area=0.9 and no flip, in 11 min",
+            "in 54 min on slower ones; 0.913 at 28 px in float32 with 25 epochs, in 53 min; 0.894 "
+            "at 28 px with patches of 7, 15 epochs, min_crop_area=0.9 and no flip, in 11 min",
         ),
         # Photographs.
         "photos": Recipe(

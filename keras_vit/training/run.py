@@ -53,7 +53,7 @@ class Run:
     def images_at_once(self):
         """Images that a device had room for in training: at most 128."""
         recipe = self.info["recipe"]
-        parts = recipe["micro_batches"] * self.info["replicas"]
+        parts = recipe.get("micro_batches", 1) * self.info.get("replicas", 1)  # of old runs
         return min(128, max(1, recipe["batch_size"] // parts))
 
     def model(self, which="best"):

@@ -202,11 +202,14 @@ def resume(run, *, strategy="auto"):
         if position is not None:
             _restore(model, state, workers)
     if workers.is_chief:
-        forget_old_run(run.folder)
         _cut_history(run.folder, position["epoch"] if position else 0)
     done = position["step"] if position else 0
     console.print(f"from step {done:,} of {recipe.epochs * steps_per_epoch(recipe, data):,}")
-    fit_and_record(run, vit, model, data, recipe, console, workers, position)
+    try:
+        fit_and_record(run, vit, model, data, recipe, console, workers, position)
+    finally:
+        if workers.is_chief:
+            forget_old_run(run.folder)
     return run
 
 

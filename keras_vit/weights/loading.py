@@ -224,7 +224,8 @@ def _differences(arguments, description):
     """What a model computes otherwise than its file: name -> (the model's, the file's)."""
     theirs = description.arguments
     names = ["gelu", "layer_norm_epsilon"]
-    if arguments["num_classes"] == theirs["num_classes"] != 0:
+    is_known = "pooling" not in description.assumed
+    if is_known and arguments["num_classes"] == theirs["num_classes"] != 0:
         names.append("pooling")
     if arguments["normalization"] is not None and theirs["normalization"] is not None:
         names.append("normalization")
