@@ -300,6 +300,8 @@ def _scales(kernel, importance, config):
     # them as float16.
     scales = choose_scales(kernel, importance, config.num_bits, _BLOCK, ml_dtypes.bfloat16)
     normal = np.finfo("float16")
+    is_zero = ~kernel.reshape(-1, _BLOCK, kernel.shape[1]).any(axis=1)  # of a dead unit, say
+    scales[is_zero] = normal.smallest_normal
     fits = (scales >= normal.smallest_normal) & (scales <= normal.max)
     return scales if fits.all() else None
 

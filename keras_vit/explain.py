@@ -396,7 +396,7 @@ def _layer_names(layers, blocks, names):
                 f"{', '.join(names)}. Received: {layer!r}."
             )
         found.append(layer)
-    return found
+    return list(dict.fromkeys(found))  # an index and a name may stand for the same
 
 
 def _check_maps(maps, grid):

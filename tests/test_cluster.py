@@ -1,10 +1,12 @@
 """Finding the workers in environments as launchers make them, the meeting, and the strategies."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import time
 import pytest
 import tensorflow as tf
 
+from keras_vit.files import write_json
 from keras_vit.training import cluster as module
 from keras_vit.training.cluster import (
     Cluster,
@@ -590,9 +593,49 @@ def test_kubernetes_job_is_a_cluster():
         environ |= {"JOB_COMPLETION_INDEX": str(index), "HOSTNAME": f"{name}-{index}"}
         names = (f"{name}-{i}.{template['subdomain']}:12000" for i in range(pods))
         assert resolve_cluster(environ) == Cluster(tuple(names), index, "Kubernetes")
-    [bash, option, script] = container["command"]
+    [bash, option, _] = container["command"]
     assert [bash, option] == ["bash", "-c"]
-    subprocess.run([bash, "-n", option, script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "run_is", "told", "expected"),
+    [
+        (0, "finished", False, 0),
+        (0, "interrupted", False, 143),  # another pod was told to stop
+        (0, "running", False, 143),  # the same, before the chief has said so
+        (0, "interrupted", True, 143),
+        (0, "finished", True, 0),
+        (1, "stopped", False, 1),
+    ],
+)
+def test_kubernetes_job_is_started_again_until_it_is_finished(
+    status, run_is, told, expected, tmp_path
+):
+    """With a command that does as `keras-vit train` does, and a pod that is told to stop."""
+    yaml = pytest.importorskip("yaml")
+    _, job = yaml.safe_load_all((DOCS / "jobs" / "kubernetes.yaml").read_text())
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    run = tmp_path / "run"
+    run.mkdir()
+    write_json(run / "run.json", {"results": {"status": run_is}})
+    command = tmp_path / "keras-vit"
+    stops = f"trap 'sleep 0.3; exit {status}' TERM; touch {tmp_path}/ready; sleep 60 & wait"
+    does = stops if told else f"exit {status}"
+    command.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/asked\n{does}\n')
+    command.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": str(run), "DATA": "folder:x"}
+    pod = subprocess.Popen(container["command"], env=environ, start_new_session=True)
+    try:
+        while told and not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        if told:
+            pod.terminate()
+        assert pod.wait(30) == expected
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pod.pid, signal.SIGKILL)
+    asked = f"train --resume {run} --strategy multiworker"
+    assert (tmp_path / "asked").read_text().strip() == asked
 
 
 @pytest.fixture

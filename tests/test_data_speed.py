@@ -62,6 +62,13 @@ def test_compared_images_are_of_the_same_kind():
     assert shapes == [((4, 8, 9, 3), (4, 2))] * 2
 
 
+def test_nothing_to_measure():
+    with pytest.raises(ValueError, match=r"`rounds` must be a positive int.*rounds=0"):
+        data_speed(SPLIT, (8, 9), rounds=0)
+    with pytest.raises(ValueError, match=r"`seconds` must be positive. Received: seconds=0"):
+        data_speed(SPLIT, (8, 9), seconds=0)
+
+
 @pytest.mark.parametrize("augmentation", [None, Augmentation(flip=True)])
 def test_nothing_to_compare(augmentation):
     with pytest.raises(ValueError, match=r"must have `rand_augment`.*Received: augmentation=Augm"):

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 
 import keras
 import numpy as np
@@ -154,6 +155,16 @@ def test_page_of_a_hybrid_has_no_filters(photos, tmp_path, monkeypatch):
     assert {path.name for path in page.parent.iterdir()} == (FILES - {"patch_filters.png"}) | {
         "01-a_b_.png"
     }
+
+
+def test_what_was_drawn_among_the_pictures_is_none(digits_run, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    out = folder / "looks"
+    pages = [
+        explain(digits_run.folder, [folder], out, count=99, overwrite=overwrite).read_text()
+        for overwrite in (False, True)
+    ]
+    assert pages[0] == pages[1]
 
 
 def test_run_at_another_size(digits_run, photos, tmp_path):

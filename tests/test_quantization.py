@@ -10,7 +10,7 @@ import keras_vit
 from keras_vit import export
 from keras_vit.export.calibration import calibrate, constant, dense_layers
 from keras_vit.export.gptq import choose_scales, round_weights
-from keras_vit.export.quantization import RULES, FloatFile
+from keras_vit.export.quantization import _INT4, RULES, FloatFile, _scales
 
 SIZE = (24, 40)
 # The inputs of dense layers: 192 (patches), 48 and 96, of which 48 is no multiple of 32.
@@ -231,6 +231,18 @@ def test_scales_that_float16_cannot_hold_stay_at_8_bits(tmp_path):
     types = {name[:11]: w.type for name, _, _, w, _ in dense_tensors(path.read_bytes())}
     assert types["block_0/fc2"] == schema.TensorType.INT8
     assert types["block_1/fc2"] == schema.TensorType.INT4
+
+
+def test_zero_weights_do_not_cost_their_layer_its_4_bits():
+    """Of a dead unit, or of a channel that was pruned away."""
+    kernel = np.random.default_rng(0).normal(size=(96, 5))
+    kernel[:, 1] = 0
+    kernel[32:64, 3] = 0
+    scales = _scales(kernel, np.ones(96), _INT4.weight_tensor_config)
+    assert scales.shape == (3, 5)
+    rounded = round_weights(kernel, np.eye(96), scales, 4)
+    assert not rounded[kernel == 0].any()
+    np.testing.assert_allclose(rounded, kernel, atol=0.3)
 
 
 def test_calibrated_int8_is_nearer_to_the_model(tmp_path):

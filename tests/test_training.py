@@ -33,9 +33,16 @@ from keras_vit.training import (
 )
 from keras_vit.training.building import build_model, model_arguments
 from keras_vit.training.callbacks import BestModel
-from keras_vit.training.evaluation import MISTAKES, evaluate, plot_mistakes, predict
+from keras_vit.training.evaluation import (
+    MISTAKES,
+    evaluate,
+    plot_confusion,
+    plot_mistakes,
+    predict,
+)
 from keras_vit.training.optimizers import build_optimizer
 from keras_vit.training.recipes import resolve_recipe
+from keras_vit.training.report import plot_curves
 from keras_vit.training.run import Run, forget_old_run, new_run_folder
 from keras_vit.training.workers import Workers
 from keras_vit.weights import save_checkpoint
@@ -528,6 +535,29 @@ def test_evaluation(tmp_path):
     assert rows[0]["images"] == "4"
     with Image.open(tmp_path / "confusion.png") as image:
         assert min(image.size) > 500
+
+
+def test_long_class_names_leave_room_for_the_matrix(recwarn):
+    names = tuple(f"{i:05}_Animalia_Annelida_Clitellata_Haplotaxida_Lumbricidae" for i in range(3))
+    result = evaluate(colour_model(), colour_split([0, 1, 2], [0, 1, 1]), names, 3)
+    figure = plot_confusion(result)
+    figure.canvas.draw()
+    assert not [warning for warning in recwarn if "constrained_layout" in str(warning.message)]
+    assert figure.axes[0].get_xticklabels()[1].get_text() == "00001_Animalia_Annelida…"
+
+
+def test_curves_of_one_epoch_are_seen(tmp_path):
+    """No line goes through one point: it is marked."""
+
+    def blue_pixels(loss):
+        text = f"epoch,accuracy,loss,val_accuracy,val_loss\n0,0.5,{loss},0.4,1.7\n"
+        (tmp_path / "history.csv").write_text(text)
+        plot_curves(tmp_path)
+        with Image.open(tmp_path / "curves.png") as image:
+            pixels = np.asarray(image.convert("RGB"), int)
+        return (abs(pixels - (31, 119, 180)).sum(axis=-1) < 60).sum()
+
+    assert blue_pixels(1.5) > blue_pixels("nan") + 50
 
 
 def test_most_confident_mistakes(tmp_path):

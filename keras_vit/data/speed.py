@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from keras_vit.config import check_positive_int
 from keras_vit.data.augmentation import MAX_MAGNITUDE, Augmentation
 from keras_vit.data.pipeline import training_batches, untuned
 from keras_vit.data.structures import Split
@@ -81,8 +82,12 @@ def data_speed(
         A `DataSpeed`.
 
     Raises:
-        ValueError: `compare_keras` without `augmentation.rand_augment`.
+        ValueError: `compare_keras` without `augmentation.rand_augment`, or `rounds` or `seconds`
+            are not positive.
     """
+    check_positive_int("rounds", rounds)
+    if not seconds > 0:
+        raise ValueError(f"`seconds` must be positive. Received: seconds={seconds!r}.")
     augmentation = augmentation or Augmentation()
     if compare_keras and not augmentation.rand_augment:
         raise ValueError(

@@ -204,8 +204,9 @@ def plot_confusion(evaluation):
     axes.set_title(f"top-1 {evaluation.top1:.2%} on {counts.sum():,} images")
     if classes <= 40:
         plain = {"parse_math": False}  # "$" is a character
-        axes.set_xticks(range(classes), evaluation.class_names, rotation=90, **plain)
-        axes.set_yticks(range(classes), evaluation.class_names, **plain)
+        names = [_short(name, 24) for name in evaluation.class_names]
+        axes.set_xticks(range(classes), names, rotation=90, **plain)
+        axes.set_yticks(range(classes), names, **plain)
     if classes <= 20:
         for row, column in np.argwhere(counts):
             color = "white" if shares[row, column] > 0.5 else "black"
@@ -221,7 +222,7 @@ def plot_mistakes(evaluation):
     columns = max(1, min(6, len(mistakes)))
     rows = -(-len(mistakes) // columns)
     figure = matplotlib.figure.Figure(
-        figsize=(max(1.7 * columns, 5), 2.2 * rows + 0.5), layout="constrained"
+        figsize=(max(2.1 * columns, 5), 2.2 * rows + 0.5), layout="constrained"
     )
     images = evaluation.confusion.sum()
     wrong = images - evaluation.confusion.trace()

@@ -101,7 +101,7 @@ def explain(
     out = pathlib.Path(out)
     check_replaceable(out, "explanation.json", "explain", overwrite)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    paths = find_images(images, count, skip_unreadable, console)
+    paths = find_images(images, count, skip_unreadable, console, out)
     with console.status(f"loading {source}"):
         model, class_names = _load(source, image_size, num_heads, normalization)
     with replacing(out) as folder:
@@ -122,7 +122,7 @@ def explain(
     return out / "index.html"
 
 
-def find_images(paths, count, skip_unreadable, console):
+def find_images(paths, count, skip_unreadable, console, out):
     """The first image files that paths of files and folders stand for, all of them readable.
 
     Args:
@@ -130,6 +130,7 @@ def find_images(paths, count, skip_unreadable, console):
         count: How many at most.
         skip_unreadable: Leave out files that cannot be read.
         console: The `rich.console.Console` that says what is left out.
+        out: The folder to write: what an earlier explanation has drawn there is no image.
 
     Returns:
         List of `pathlib.Path`.
@@ -137,9 +138,12 @@ def find_images(paths, count, skip_unreadable, console):
     Raises:
         ValueError: There is no such file, or no image in a folder, or one cannot be read.
     """
-    files = []
+    files, out = [], out.resolve()
     for path in map(pathlib.Path, paths):
-        found = [path / name for name in list_images(path, path)] if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = [path / name for name in list_images(path, path)]
+            found = [file for file in found if out not in file.resolve().parents]
         if not found or not path.exists():
             found = f"no {', no '.join(EXTENSIONS)} in it" if path.exists() else "nothing there"
             raise ValueError(

@@ -3,6 +3,7 @@
 import csv
 
 import matplotlib.figure
+import matplotlib.ticker
 from rich.console import Console
 
 from keras_vit.files import replacing
@@ -70,8 +71,10 @@ def plot_curves(folder):
     epochs = [int(row["epoch"]) + 1 for row in rows]
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for key, label in ((name, "training"), (f"val_{name}", "validation")):
-            axes.plot(epochs, [float(row[key]) for row in rows], label=label)
+            marker = "o" if len(rows) == 1 else None  # no line goes through one point
+            axes.plot(epochs, [float(row[key]) for row in rows], label=label, marker=marker)
         axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     with replacing(folder / "curves.png") as path:

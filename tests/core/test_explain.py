@@ -225,7 +225,7 @@ def test_features_equal_the_reference(arguments, best_precision):
         np.testing.assert_allclose(
             tokens, reference, atol=best_precision * abs(reference).max(), rtol=0
         )
-    layers = ["patch_encoder", -1, "encoder_norm", 0]
+    layers = ["patch_encoder", -1, "encoder_norm", 0, "block_2", 2]  # the last is named thrice
     some = explain.features(model, images, layers=layers)
     assert list(some) == ["patch_encoder", "block_2", "encoder_norm", "block_0"]
     np.testing.assert_allclose(some["patch_encoder"], expected[0], rtol=1e-5, atol=1e-5)
