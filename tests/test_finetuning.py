@@ -417,9 +417,10 @@ def test_command(checkpoint, tmp_path):
     ],
 )
 def test_errors_come_before_the_images_are_read(checkpoint, tmp_path, arguments, error, match):
+    (tmp_path / "photos").mkdir()
     with pytest.raises(error, match=match):
         train(
-            f"folder:{tmp_path}",  # it has no images
+            f"folder:{tmp_path}/photos",  # it has no images
             tmp_path / "run",
             **{"weights": checkpoint, "num_heads": 2, **arguments},
         )
