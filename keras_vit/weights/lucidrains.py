@@ -61,7 +61,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
     Heads are 64 wide, as by the library's default, unless `num_heads` says otherwise. Images are
     gray if a patch has a square number of values, else RGB, and taken as they come: the library
     does not say how to normalise pixels. Of older releases, models that pool by the mean of all
-    tokens have a class token, too: such a file is taken for one that pools by it.
+    tokens have a class token, too: a file with one is taken for a model that reads it alone.
     """
     tensors = checkpoint.tensors
     hidden_dim, patch_values = checkpoint.shape("to_patch_embedding.2.weight", 2)
