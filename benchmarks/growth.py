@@ -5,9 +5,9 @@
 A ViT of width 192 with 3 heads, 2 blocks, patches of 16 px, 224 px and 8 images, unless they are
 what grows: its forward pass and training step as in speed.py, and its fp32 `.tflite` file (batch
 1, loaded anew). Beside the exponent p of x^p that fits best stands that of theory over the same
-points: for time, of the multiplications; for memory, of the bytes that must be kept. Each series is
-a process of its own. Memory is what one call takes beyond what the process held before it: not the
-weights of a model in TensorFlow, but those of a file, which each call loads.
+points: for time, of the multiplications; for memory, of the bytes that must be kept. Each of the
+three is a process of its own. Memory is what one call takes beyond what the process held before
+it: not the weights of a model in TensorFlow, but those of a file, which each call loads.
 
 Micro-batches: a training step of 64 images in k parts, and of 8 k images in k parts.
 """
@@ -170,27 +170,35 @@ def file(mode):
     return make
 
 
-def measured_series(kind, grows, cases, quick):
-    """Measures the cases; returns them with what theory says."""
+def measured_series(kind, grown, quick):
+    """Measures what grows, in one process, and each case once; returns it beside theory.
+
+    Args:
+        kind: One of `KINDS`.
+        grown: Pairs of what grows and its cases, which the series may have in common.
+        quick: Whether to do with less.
+    """
+    cases = []
+    for _, own in grown:
+        cases += [case for case in own if case not in cases]
     # A file gives back what it takes: its process tells both. A quick run does with less.
     measure = compare_with_memory if kind in IN_TENSORFLOW and not quick else compare
-    name = f"{kind}, growing {grows}"
-    contenders = {name: Contender(contender, None, PACKAGES, {"kind": kind})}
+    contenders = {kind: Contender(contender, None, PACKAGES, {"kind": kind})}
     measured = measure(contenders, cases, rounds=2 if quick else 3, turn=0.2)
-    return {
-        "kind": kind,
-        "grows": grows,
-        "points": [
-            {
-                **case,
-                "multiplications": case["batch"]
-                * models.multiplications(size(case), case["image"], case["patch"]),
-                "kept_bytes": kept(case, kind),
-                **entry["contenders"][name],
-            }
-            for case, entry in zip(cases, measured, strict=True)
-        ],
-    }
+    points = [
+        {
+            **case,
+            "multiplications": case["batch"]
+            * models.multiplications(size(case), case["image"], case["patch"]),
+            "kept_bytes": kept(case, kind),
+            **entry["contenders"][kind],
+        }
+        for case, entry in zip(cases, measured, strict=True)
+    ]
+    return [
+        {"kind": kind, "grows": grows, "points": [points[cases.index(case)] for case in own]}
+        for grows, own in grown
+    ]
 
 
 def why_missing(series, fewest=2):
@@ -280,23 +288,31 @@ def plot(result, path):
 
 def main():
     quick = parser(__doc__).parse_args().quick
-    series = []
+    series, micro_batches = [], []
     for kind in KINDS:
         is_file = kind not in IN_TENSORFLOW
         base = {**BASE, "batch": 1} if is_file or quick else BASE
-        for grows, values in (QUICK if quick else SERIES).items():
-            if not (is_file and grows == "batch"):  # a file takes one image
-                cases = [{**base, grows: value} for value in values]
-                series.append(measured_series(kind, grows, cases, quick))
-    parts = PARTS[1:] if quick else PARTS
-    base = {**BASE, "image": 64} if quick else BASE
-    micro_batches = [
-        measured_series(
-            "training", "parts", [{**base, "parts": k, "batch": batch(k)} for k in parts], quick
+        grown = [
+            (grows, [{**base, grows: value} for value in values])
+            for grows, values in (QUICK if quick else SERIES).items()
+            if not (is_file and grows == "batch")  # a file takes one image
+        ]
+        if kind == "training":
+            grown += in_parts({**BASE, "image": 64} if quick else BASE, quick)
+        for measured in measured_series(kind, grown, quick):
+            (micro_batches if measured["grows"] == "parts" else series).append(measured)
+    save("growth", quick, series=series, micro_batches=micro_batches)
+
+
+def in_parts(base, quick):
+    """Micro-batches: pairs as `measured_series` takes them."""
+    return [
+        (
+            "parts",
+            [{**base, "parts": k, "batch": batch(k)} for k in (PARTS[1:] if quick else PARTS)],
         )
         for batch in BATCHES_OF_PARTS[1 if quick else 0 :]
     ]
-    save("growth", quick, series=series, micro_batches=micro_batches)
 
 
 if __name__ == "__main__":

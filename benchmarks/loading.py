@@ -111,7 +111,7 @@ def main():
             keras_vit.save_checkpoint(model, path, family)
         files = {path.name: path.stat().st_size for path in paths.values()}
         [measured] = compare_with_memory(
-            contenders(variant, paths), [None], rounds=1 if quick else 5, turn=0
+            contenders(variant, paths), [None], rounds=1 if quick else 3, turn=0
         )
     entries = {
         name: {"file_bytes": files[name.split(", ")[1]], **entry}

@@ -49,7 +49,7 @@ def main():
         augmentation=recipe.augmentation,
         compare_keras=True,
         rounds=1 if quick else 3,
-        seconds=1.0 if quick else 3.0,
+        seconds=1.0 if quick else 2.0,
     )
     save(
         "pipeline",

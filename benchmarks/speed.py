@@ -50,7 +50,7 @@ GROUPS = (  # variant, kind, batches, rounds, contenders or None for all
     ("Ti/16", "forward", (1, 8, 32), 3, None),
     ("Ti/16", "training", (8,), 3, None),
     ("Ti/16", "training", (32,), 4, FEW),
-    ("Ti/16", f"training{BFLOAT16}", (32,), 4, MIXED),
+    ("Ti/16", f"training{BFLOAT16}", (32,), 3, MIXED),
     ("S/16", "forward", (1, 32), 3, FEW),
     ("S/16", "training", (8,), 3, FEW),
 )

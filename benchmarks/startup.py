@@ -35,7 +35,7 @@ def table(result):
 def main():
     quick = parser(__doc__).parse_args().quick
     seconds = {name: [] for name in COMMANDS}
-    for round_ in range(1 if quick else 8):
+    for round_ in range(1 if quick else 6):
         for name, command in COMMANDS.items():
             start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)

@@ -258,10 +258,11 @@ def measure(variant, made, folder, missing, arguments):
     folder.mkdir(parents=True, exist_ok=True)
     paths = make(variant, made, folder, missing)
     print(f"  {variant}: measuring", flush=True)
-    result = benchmark(paths.values(), threads=THREADS, rounds=3 if arguments.quick else 60)
+    result = benchmark(paths.values(), threads=THREADS, rounds=3 if arguments.quick else 40)
     compared = compare(dict(zip(paths, result.rows, strict=True)), THREADS)
+    rows = result.as_dict()["rows"]
     return {
-        "files": result.as_dict()["rows"],
+        "files": [{name: row[name] for name in row if name != "path"} for row in rows],
         "ratios": {"_".join(key): figures for key, figures in compared.items()},
     }
 
