@@ -94,17 +94,23 @@ def _own_layers(model):
     return _BACKBONE | blocks | inputs
 
 
+def _is_own_head(layer):
+    """Whether a layer may be of the head that `build_vit` makes; others may have its name."""
+    return isinstance(layer, keras.layers.Dense | keras.layers.Average)
+
+
 def _flat(model):
     """Of a model of `build_vit`, or one made from its outputs; None if it is something else."""
     layers = {layer.name: layer for layer in model.layers}
-    others = {operation.name for operation in model.operations} - _own_layers(model)
+    own = _own_layers(model) | {name for name in _HEAD if _is_own_head(layers.get(name))}
+    others = {operation.name for operation in model.operations} - own
     if "distillation_pooling" not in layers:
-        if others <= _HEAD:
+        if not others:
             return Deployment(model, fold(model))
         end, head = "pooled_norm" if "pooled_norm" in layers else "pooling", False
     elif "average" in layers:  # of two heads, or of the features of both tokens
         end, head = "average", "head_distillation" in layers
-        if others <= _HEAD and head == ("head" in layers):
+        if not others and head == ("head" in layers):
             return Deployment(model, fold(model))
     else:
         return None
@@ -136,7 +142,7 @@ def _wired_anew(model, part):
     def call(layer, *args, **kwargs):
         y = layer(*args, **kwargs)
         if layer is part:
-            ends["in"], ends["out"] = args[0], y
+            ends["in"], ends["out"] = (*args, *kwargs.values())[0], y
         return y
 
     clone = keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)

@@ -1,6 +1,7 @@
 """The float32 form of a model of any dtype policy, and float32 that is float32."""
 
 import contextlib
+import tempfile
 
 import keras
 import tensorflow as tf
@@ -34,7 +35,12 @@ def as_float32(model):
         copy = keras.models.clone_model(model, clone_function=_clone_in_float32)
     finally:
         keras.config.set_dtype_policy(policy)
-    copy.set_weights([weight.astype("float32") for weight in model.get_weights()])
+    # Through a file, as Keras does it: what a layer computes of its weights is made anew, of a
+    # Normalization its mean, say, and those of LoRA are merged.
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/copy.weights.h5"
+        model.save_weights(path)
+        copy.load_weights(path)
     return copy
 
 

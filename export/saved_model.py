@@ -17,6 +17,19 @@ from .metadata import check_class_names
 from .precision import as_float32
 from .report import ExportReport, TensorInfo
 
+# The layers of `build_vit` that may be the last one of a model without a head.
+_FEATURES = ("pooling", "pooled_norm", "pre_logits", "average")
+# What may stand before the normalisation, beside the random layers of preprocessing.
+_KEEP_THE_RANGE = (
+    keras.layers.InputLayer,
+    keras.layers.Identity,
+    keras.layers.Dropout,
+    keras.layers.Resizing,
+    keras.layers.CenterCrop,
+    keras.layers.Cropping2D,
+    keras.layers.ZeroPadding2D,
+)
+
 
 def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
     """Exports a Keras classifier as a SavedModel folder.
@@ -47,7 +60,7 @@ def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
 
     Args:
         model: functional `keras.Model`, images (B, H, W, C) -> logits (B, classes); after a
-            softmax of its own, `serve_bytes` takes no other.
+            softmax or sigmoid of its own, `serve_bytes` takes no other.
         path: folder to write.
         labels: optional sequence of class names; without them `classes` are the indices.
         top: how many classes `serve_bytes` names, at least 1; all of them if there are fewer.
@@ -142,7 +155,8 @@ def _bytes_endpoint(model, labels, top):
         with tf.device("CPU:0"):  # a GPU would get each byte that is looked at on its own
             images = tf.map_fn(read, encoded, fn_output_signature=pixels)
         scores = tf.cast(model(tf.cast(images, tf.float32), training=False), tf.float32)
-        probabilities = scores if ends_in_softmax(model) else tf.nn.softmax(scores)
+        is_probability = _last_activation(model) in ("softmax", "sigmoid")
+        probabilities = scores if is_probability else tf.nn.softmax(scores)
         probabilities, indices = tf.math.top_k(probabilities, k=min(top, classes))
         return {
             "probabilities": probabilities,
@@ -173,36 +187,57 @@ def takes_pixels(model):
 
 
 def normalizes(model):
-    """Whether a model takes images in [0, 255], of any number of channels."""
-    return bool(_scales_pixels_down(model))
+    """Whether a model takes images in [0, 255], of any number of channels.
 
-
-def _scales_pixels_down(model):
-    """Whether the first `Rescaling` scales [0, 255] down; None if weights come before any.
-
-    The scale is 1 / (255 std), of which no std in use makes more than 0.1. For pixels in [0, 1] it
-    would be 1 / std, at least 1.
+    Its first `Rescaling` then scales them down, by 1 / (255 std), of which no std in use makes
+    more than 0.1. For pixels in [0, 1] it would be 1 / std, at least 1.
     """
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.Rescaling):
-            return bool(np.all(np.less(layer.scale, 0.1)))
-        if isinstance(layer, keras.Model):
-            inner = _scales_pixels_down(layer)
-            if inner is not None or layer.weights:
-                return inner
-        elif layer.weights:
-            return None
-    return None
+    for operation in _operations(model):
+        if isinstance(operation, keras.layers.Rescaling):
+            return bool(np.all(np.less(operation.scale, 0.1)))
+        if not _keeps_the_range(operation):
+            return False
+    return False
+
+
+def _operations(model):
+    """The layers and the functions of keras.ops of a model and of those within it, in order."""
+    for operation in getattr(model, "operations", model.layers):
+        if isinstance(operation, keras.Model):
+            yield from _operations(operation)
+        else:
+            yield operation
+
+
+def _keeps_the_range(operation):
+    """Whether the pixels behind a layer are in the range of those before it."""
+    is_random = isinstance(operation, keras.layers.Layer) and (
+        type(operation).__name__.startswith("Random") and not operation.weights
+    )
+    return is_random or isinstance(operation, _KEEP_THE_RANGE)
 
 
 def ends_in_softmax(model):
     """Whether a model gives probabilities rather than logits."""
-    last = getattr(model, "operations", model.layers)[-1]  # a layer, or a function of keras.ops
-    if isinstance(last, keras.Model):
-        return ends_in_softmax(last)
-    is_softmax = isinstance(last, keras.layers.Softmax) or type(last).__name__ == "Softmax"
-    softmax = (keras.activations.softmax, keras.ops.softmax)
-    return is_softmax or getattr(last, "activation", None) in softmax
+    return _last_activation(model) == "softmax"
+
+
+def _last_activation(model):
+    """The name of the activation behind a model's outputs, or None."""
+    for operation in reversed(list(_operations(model))):
+        kind = type(operation).__name__.lower()  # of a layer, or of a function of keras.ops
+        if kind in ("softmax", "sigmoid"):
+            return kind
+        activation = getattr(operation, "activation", None)
+        name = getattr(activation, "__name__", None)
+        if name in ("softmax", "sigmoid"):
+            return name
+        changes_nothing = kind in ("identity", "reshape", "flatten", "cast", "dropout") or (
+            kind == "activation" and name == "linear"
+        )
+        if not changes_nothing:
+            return None
+    return None
 
 
 def _heads(model):
@@ -218,7 +253,9 @@ def _heads(model):
 
 def _is_headless(model):
     """Whether this is a `build_vit` model whose output is its features."""
-    return not _heads(model) and any(isinstance(layer, PatchEncoder) for layer in model.layers)
+    if _heads(model) or not any(isinstance(layer, PatchEncoder) for layer in model.layers):
+        return False
+    return list(_operations(model))[-1].name in _FEATURES
 
 
 def _feature_extractor(model):
@@ -232,7 +269,7 @@ def _feature_extractor(model):
 
     def call(layer, *args, **kwargs):
         if layer in heads:
-            features.append(args[0])
+            features.append((*args, *kwargs.values())[0])
         return layer(*args, **kwargs)
 
     # Wired anew, because a layer's own `input` may belong to another model that shares it.

@@ -110,7 +110,8 @@ def export_tflite(
         TypeError: if `model` is not a `keras.Model`, `labels` are not strings, or the labels of
             `held_out` are not integers.
         ValueError: if `mode` or `activation` is unknown, `path` has another suffix or exists, the
-            model has several inputs or outputs, sizes that are not static or 2 GiB of weights, the
+            model has several inputs or outputs, sizes that are not static, quantized weights or
+            2 GiB of weights, the
             number of `labels` is not the number of classes, the calibration images are missing,
             of another shape or not finite, `io_dtype` does not go with the mode, `held_out` is
             missing or does not fit the model, `min_agreement` is not in [0, 1], or no choice of
@@ -129,6 +130,11 @@ def export_tflite(
         raise ValueError(
             "`activation` must be None for a model that ends in a softmax. Received: "
             f"activation={activation!r}."
+        )
+    if quantized := sorted({w.dtype for w in model.weights} & {"int8", "uint8"}):
+        raise ValueError(
+            "`model` must have float weights, which `mode` says how to quantize. Received: a model "
+            f"with weights of {' and '.join(quantized)}, as `keras.Model.quantize` makes them."
         )
     if 4 * model.count_params() >= _LARGEST:
         raise ValueError(

@@ -292,10 +292,10 @@ def verify(
         model: the `keras.Model`, or the path of a file, that the others are compared with. A
             model of another dtype policy computes in float32 here, as its files do.
         files: mapping of names to paths. A path is a SavedModel folder or a `.tflite` file with
-            one float32 input (1, H, W, C) and one float32 output (1, classes); if it is named
-            `probabilities`, it is compared with the softmax of the model's logits. A name that
-            `limits` has must keep to that limit; for any other name it is enough that all
-            outputs are finite.
+            one input (1, H, W, C) and one output (1, classes), of float32, uint8 or int8; if the
+            output is named `probabilities`, it is compared with the softmax of the model's
+            logits. A name that `limits` has must keep to that limit; for any other name it is
+            enough that all outputs are finite.
         images: float or uint8 array (N, H, W, C), as the model takes them.
         labels: optional integer array (N,) of classes, for the accuracies.
         limits: mapping of names to `Limit`.

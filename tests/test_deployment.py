@@ -39,7 +39,17 @@ OPTIONS = {
     "no bias": {"qkv_bias": False, "normalization": None},
     "hybrid": {"variant": HYBRID},
     "wide heads": {"variant": WIDE_HEADS},
+    # As large as the variances, so that it counts.
+    "epsilon, qk_norm": {"layer_norm_epsilon": 0.1, "qk_norm": True},
+    "epsilon, patch_norm": {"layer_norm_epsilon": 0.1, "patch_norm": True},
+    "epsilon, map": {"layer_norm_epsilon": 0.1, "pooling": "map"},
 }
+NOT_CENTERED = (
+    "patch_norm",
+    "epsilon, patch_norm",
+    "map, norm after",
+    "token+gap, norm after",
+)
 
 
 def build(num_classes=CLASSES, variant=CONFIG, **options):
@@ -82,7 +92,7 @@ def test_deploy_graph_equals_keras(name, num_classes):
     expected = np.asarray(model(images))
     vit = fold(model)
     assert_alike(outputs_of(vit, images), expected)
-    assert vit.centered == (name not in ("patch_norm", "map, norm after", "token+gap, norm after"))
+    assert vit.centered == (name not in NOT_CENTERED)
     for change in (equalize, fit_float16):
         assert_alike(outputs_of(change(vit, images), images), expected, 3e-5)
     if vit.centered:
@@ -235,10 +245,24 @@ def skipping():
     return keras_vit.skip_unread_tokens(own)
 
 
+def head_of_layers():
+    """Of the name that `build_vit` gives to a dense layer."""
+    vit = build(0)
+    head = keras.Sequential([keras.layers.Dense(9, "relu"), keras.layers.Dense(5)], name="head")
+    return keras.Model(vit.input, head(vit.output))
+
+
+def called_by_name():
+    images = keras.Input((*SIZE, 3))
+    return keras.Model(images, keras.layers.Dense(5)(inputs=build(0)(inputs=images)))
+
+
 @pytest.mark.parametrize(
     "make",
     [
         nested,
+        head_of_layers,
+        called_by_name,
         continued,
         preprocessed,
         sequential,

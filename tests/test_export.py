@@ -242,6 +242,32 @@ def test_mixed_bfloat16_model_exports_in_float32(tmp_path, policy):
     export.verify(mixed, {"fp32": path}, random_images(8), rounds=0).check()
 
 
+def test_as_float32_copies_what_layers_compute_of_their_weights(policy):
+    """The mean of a Normalization, and the product of two matrices of LoRA."""
+    policy("mixed_bfloat16")
+    images = random_images(4).astype("float32")
+    normalization = keras.layers.Normalization()
+    normalization.adapt(images)
+    vit = build(normalization=None)
+    lora = vit.get_layer("block_0").attention.qkv
+    lora.enable_lora(3)
+    lora.lora_kernel_b.assign(np.random.default_rng(5).normal(0, 0.3, lora.lora_kernel_b.shape))
+    model = keras.Sequential([keras.Input(images.shape[1:]), normalization, vit])
+    copy = export.precision.as_float32(model)
+    expected, found = (np.asarray(each(images), "float32") for each in (model, copy))
+    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+    means = [each.get_layer(normalization.name).mean for each in (model, copy)]
+    np.testing.assert_allclose(*(np.asarray(mean, "float32") for mean in means), rtol=5e-3)
+
+
+def test_quantized_models_are_refused(tmp_path):
+    model = build()
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"must have float weights.*with weights of int8"):
+        export.export_tflite(model, tmp_path / "vit.tflite", mode="fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["mixed_float16", "bfloat16", "float64"])
 def test_as_float32_copies_a_model_of_any_keras_layers(policy, name):
     policy(name)
@@ -294,6 +320,7 @@ def test_verify_passes_every_mode(verification):
     assert (keras_row.drop, keras_row.latency_ms_min, keras_row.operations) == (None, None, None)
     errors = {row.name: row.max_error for row in rows}
     assert errors["fp32"] < errors["fp16"] < errors["dynamic_int8"]
+    assert errors["fp16"] < 0.03  # 0.013; bfloat16 rounds 8 times as coarsely
 
 
 def test_verification_describes_the_graphs(verification, reports):

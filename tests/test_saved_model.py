@@ -440,8 +440,9 @@ def with_temperature(model):
         keras.layers.Activation(keras.ops.softmax),
         keras.activations.softmax,
         keras.ops.softmax,
+        lambda x: keras.layers.Activation("linear", dtype="float32")(keras.ops.softmax(x)),
     ],
-    ids=["layer", "activation", "activation of a function", "Keras' function", "operation"],
+    ids=["layer", "activation", "of a function", "Keras' function", "operation", "linear after"],
 )
 def test_no_softmax_comes_after_one(tmp_path, softmax):
     logits = build()
@@ -487,6 +488,56 @@ def test_no_softmax_comes_after_one(tmp_path, softmax):
     ],
 )
 def test_signatures_of_other_models(tmp_path, make, names):
+    assert export_signatures(make(), tmp_path).keys() == names | {"serving_default"}
+
+
+def test_no_softmax_comes_after_a_sigmoid(tmp_path):
+    """Of a model that says yes or no to each class."""
+    vit = build(num_classes=0)
+    model = keras.Model(vit.input, keras.layers.Dense(5, activation="sigmoid")(vit.output))
+    image = np.random.default_rng(0).integers(0, 256, IMAGE_SHAPE, "uint8")
+    served = export_signatures(model, tmp_path / "saved", top=5)["serve_bytes"]
+    expected = np.sort(model.predict(image[None].astype("float32"), verbose=0))[:, ::-1]
+    np.testing.assert_allclose(served([encode(image, "PNG")])["probabilities"], expected, rtol=1e-5)
+
+
+def with_head_of_layers():
+    vit = build(num_classes=0)
+    head = keras.Sequential([keras.layers.Dropout(0.1), keras.layers.Dense(5)])
+    return keras.Model(vit.input, head(vit.output))
+
+
+def scaled_by_an_operation():
+    images = keras.Input(IMAGE_SHAPE)
+    return keras.Model(images, build()(images * 255.0))
+
+
+def scaled_by_a_function():
+    scale = keras.layers.Lambda(lambda images: images * 255.0)
+    return keras.Sequential([keras.Input(IMAGE_SHAPE), scale, build()])
+
+
+def augmented():
+    flip, drop = keras.layers.RandomFlip(), keras.layers.Dropout(0.1)
+    return keras.Sequential([keras.Input(IMAGE_SHAPE), flip, drop, build()])
+
+
+def called_by_name():
+    vit, images = build(num_classes=0), keras.Input(IMAGE_SHAPE)
+    return keras.Model(images, keras.layers.Dense(5)(inputs=vit(inputs=images)))
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (with_head_of_layers, {"serve_bytes"}),
+        (scaled_by_an_operation, set()),
+        (scaled_by_a_function, set()),
+        (augmented, {"serve_bytes"}),
+        (called_by_name, {"serve_bytes", "features"}),
+    ],
+)
+def test_signatures_of_models_with_other_layers(tmp_path, make, names):
     assert export_signatures(make(), tmp_path).keys() == names | {"serving_default"}
 
 
