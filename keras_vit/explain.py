@@ -283,14 +283,19 @@ def patch_filters(model, count=28):
 
     Raises:
         ValueError: `count` is out of its range; `model` is a hybrid, whose patches are not of
-            pixels; or there is no ViT in it, or more than one.
+            pixels, or quantized; or there is no ViT in it, or more than one.
 
     Source: the paper, Figure 7 (left).
     """
     check_positive_int("count", count)
     vit, encoder = _parts(model)
     _, _, _, channels = vit.input_shape
-    kernel = ops.convert_to_numpy(encoder.projection.kernel.value).astype("float64")  # (P P C, D)
+    if encoder.projection.quantization_mode is not None:
+        raise ValueError(
+            "The filters are those of a model that is not quantized. "
+            f"Received: {model.name!r}, {encoder.projection.quantization_mode}."
+        )
+    kernel = ops.convert_to_numpy(encoder.projection.kernel).astype("float64")  # (P P C, D)
     side = math.isqrt(len(kernel) // channels)
     if any(layer.name == "stem" for layer in vit.layers):
         raise ValueError(

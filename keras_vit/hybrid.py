@@ -99,8 +99,9 @@ class BottleneckUnit(keras.layers.Layer):
         return ops.relu(shortcut + self.gn3(self.conv3(x)))
 
     def compute_output_shape(self, input_shape):
-        batch, height, width, _ = input_shape
-        return batch, -(-height // self.strides), -(-width // self.strides), 4 * self.width
+        batch, *sides, _ = input_shape
+        sides = [side and -(-side // self.strides) for side in sides]  # None stays None
+        return batch, *sides, 4 * self.width
 
     def get_config(self):
         return {**super().get_config(), "width": self.width, "strides": self.strides}

@@ -390,7 +390,7 @@ def check_whole(model):
         layer.name
         for layer in model.layers
         if not isinstance(layer, keras.layers.InputLayer)
-        and (layer.name not in known or _has_activation(layer))
+        and (layer.name not in known or _is_other_head(layer))
     ]
     if added:
         raise ValueError(
@@ -404,9 +404,14 @@ def check_whole(model):
         )
 
 
-def _has_activation(layer):
-    is_head = layer.name in ("head", "head_distillation")
-    return is_head and layer.activation is not keras.activations.linear
+def _is_other_head(layer):
+    """Whether a layer has the name of a dense one of the head, and computes something else."""
+    activations = dict.fromkeys(("head", "head_distillation"), keras.activations.linear)
+    activations["pre_logits"] = keras.activations.tanh
+    if layer.name not in activations:
+        return False
+    is_dense = isinstance(layer, keras.layers.Dense) and layer.use_bias
+    return not (is_dense and layer.activation is activations[layer.name])
 
 
 def vit_arguments(model):
@@ -425,6 +430,8 @@ def vit_arguments(model):
         ValueError: `model` is not a model of `build_vit`.
     """
     layers = {layer.name: layer for layer in model.layers}
+    dense = (layer for layer in model.layers if isinstance(layer, keras.layers.Dense))
+    units = {layer.name: layer.units for layer in dense}
     if not {"patches", "patch_encoder", "block_0", "pooling"} <= set(layers):
         raise ValueError(
             "The model must be one that `keras_vit.build_vit` made. "
@@ -450,12 +457,12 @@ def vit_arguments(model):
     return {
         "variant": ViTConfig(**sizes),
         "image_size": (height, width),
-        "num_classes": layers["head"].units if "head" in layers else 0,
+        "num_classes": units.get("head", 0),
         "patch_size": None,
         "channels": channels,
         "pooling": "map" if isinstance(pooling, AttentionPooling) else pooling.pooling,
         "norm_after_pooling": "pooled_norm" in layers,
-        "representation_size": layers["pre_logits"].units if "pre_logits" in layers else None,
+        "representation_size": units.get("pre_logits"),
         "drop_path": layers[f"block_{depth - 1}"].drop_path.rate,
         "normalization": _normalization_of(layers.get("normalization")),
         "name": model.name,

@@ -134,6 +134,14 @@ def test_download_keeps_the_file(server, tmp_path):
     assert server.requests == [("/models/ViT-B_16.npz", None)]
 
 
+def test_addresses_of_any_letters(server):
+    server.files["/models/mod%C3%A8le%20a.npz"] = (CONTENT, None)
+    for name in ("modèle a.npz", "mod%C3%A8le%20a.npz"):
+        path = download(f"{server.root}/models/{name}")
+        assert path.read_bytes() == CONTENT
+        assert path.suffix == ".npz"
+
+
 def test_https_addresses_are_downloaded(monkeypatch):
     monkeypatch.setattr(sources, "download", lambda url: ("downloaded", url))
     assert local_path("https://a.b/c.npz") == ("downloaded", "https://a.b/c.npz")
@@ -413,6 +421,16 @@ def test_a_file_of_a_repository_comes_with_the_configuration_beside_it(hub):
     assert sorted(hub.requests) == ["sub/a[1].safetensors", "sub/config.json"]
 
 
+def test_an_index_comes_with_its_shards(hub):
+    shards = [f"sub/model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    files = ["sub/model.safetensors.index.json", *shards]
+    others = ["sub/other-00001-of-00001.safetensors", "model-00001-of-00002.safetensors"]
+    hub.repositories["owner/name"] = {name: name.encode() for name in files + others}
+    path = local_path("hf://owner/name/sub/model.safetensors.index.json")
+    assert path.name == "model.safetensors.index.json"
+    assert sorted(hub.requests) == sorted(files)
+
+
 def test_a_revision_can_be_named(hub):
     hub.repositories["owner/name"] = ABOUT | {"model.safetensors": b"weights"}
     assert local_path("hf://owner/name@v2").name == COMMITS["v2"]
@@ -447,7 +465,7 @@ def test_the_cache_serves_without_the_hub(hub, file):
     ],
 )
 def test_what_the_hub_does_not_have_is_said(hub, address, message):
-    hub.repositories["owner/name"] = ABOUT
+    hub.repositories["owner/name"] = ABOUT | {"sub/a.npz": b"weights"}
     with pytest.raises(ValueError, match=rf"{message}.*Received: path='{address}'"):
         local_path(address)
 

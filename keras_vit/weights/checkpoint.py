@@ -76,6 +76,12 @@ class Checkpoint:
             )
         return shape
 
+    def outputs(self, bias, kernel, axis):
+        """The outputs of a dense layer, also of one without a bias; 0 if there is none."""
+        if bias in self.tensors:
+            return self.shape(bias)[0]
+        return self.shape(kernel, 2)[axis] if kernel in self.tensors else 0
+
     def count(self, pattern, first=0):
         """How many i, from `first` on and without a gap, `pattern` has a tensor for.
 
@@ -367,7 +373,7 @@ def _npz_facts(path, comment):
     """The facts that `save_checkpoint` put into the comment of an archive."""
     try:
         facts = json.loads(comment)["keras_vit"]
-    except (ValueError, LookupError, TypeError):  # somebody else's comment, or none
+    except (ValueError, LookupError, TypeError, RecursionError):  # somebody else's, or none
         return {}
     return _checked_facts(path, _checked_object(path, facts))
 

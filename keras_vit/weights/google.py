@@ -165,7 +165,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
         {
             "variant": config,
             "image_size": image_size,
-            "num_classes": checkpoint.shape("head/bias")[0] if "head/bias" in tensors else 0,
+            "num_classes": checkpoint.outputs("head/bias", "head/kernel", 1),
             "channels": channels,
             "pooling": "map" if "MAPHead_0/probe" in tensors else pooling,
             "class_token": class_token,

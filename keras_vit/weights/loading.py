@@ -47,8 +47,10 @@ def from_checkpoint(
             a new head of zeros. `pre_logits` goes with the file's head.
         image_size: Side of the images in pixels, or `(height, width)`; None: the file's. The
             positions are resized to it.
-        num_heads: Attention heads, for files that do not say (timm, lucidrains); None: those of
-            the variant of the same width. A number that contradicts the file is an error.
+        num_heads: Attention heads, for files that do not say (timm, lucidrains, Hugging Face's
+            without their config.json); None: those of the variant of the same width, and in
+            lucidrains' attention as many as are 64 wide. A number that contradicts the file is an
+            error.
         interpolation: How positions are resized, see `keras_vit.positions.resize_positions`;
             None: as the family's own code does.
         **overrides: Other arguments of `build_vit`, such as `drop_path=0.1` or
@@ -112,7 +114,8 @@ def load_weights(model, path, *, interpolation=None):
 
     Warns:
         UserWarning: The file was made with another GELU, epsilon or normalisation than the
-            model's, or its head with another pooling.
+            model's, or its head with another pooling; or it does not say its head count, and
+            the model's is not that of `from_checkpoint`.
     """
     arguments = vit_arguments(model)
     checkpoint, family = _open(path)
@@ -127,6 +130,13 @@ def load_weights(model, path, *, interpolation=None):
         checkpoint, family, arguments["variant"].num_heads, arguments["image_size"]
     )
     _load(model, checkpoint, family, description, interpolation)
+    heads = _usual_heads(checkpoint, family, arguments["image_size"])
+    if heads not in (None, arguments["variant"].num_heads):
+        warnings.warn(
+            f"{checkpoint.path} does not say its head count. Models of its width have "
+            f"num_heads={heads}, and the model has num_heads={arguments['variant'].num_heads}.",
+            stacklevel=2,
+        )
     for name, (ours, theirs) in _differences(arguments, description).items():
         warnings.warn(
             f"{checkpoint.path} was made with {name}={theirs!r}, and the model has "
@@ -160,7 +170,7 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
     finally:
         keras.config.set_dtype_policy(policy)
     old_weights = weights_by_path(model)
-    if added := sorted(set(old_weights) - set(weights_by_path(new))):
+    if added := sorted(set(old_weights) ^ set(weights_by_path(new))):
         raise ValueError(
             "`model` must be as `build_vit` makes it, neither quantized nor with LoRA. "
             f"Received: a model with weights of its own, {listed(added)}."
@@ -203,6 +213,15 @@ def _description(checkpoint, family, num_heads, image_size):
             f"the file holds fewer numbers than a model of its shapes. Received: {held:,}."
         )
     return description
+
+
+def _usual_heads(checkpoint, family, image_size):
+    """The head count that `from_checkpoint` would take, or None if it would ask for one."""
+    try:
+        description = family.describe(checkpoint, num_heads=None, image_size=image_size)
+    except ValueError:
+        return None
+    return description.arguments["variant"].num_heads
 
 
 def _least_size(arguments):
@@ -345,5 +364,9 @@ def _resized(table, grid_size, new_grid_size, interpolation):
 
 
 def weights_by_path(model):
-    """The weights of a model by path, without the state of its random generators."""
-    return {w.path: w for w in model.weights if "seed_generator" not in w.path}
+    """The weights of a model by path, without the state of its random generators.
+
+    Nor with the name scope in which the model was made, if there was one.
+    """
+    scope = model.get_layer("patch_encoder").path.removesuffix("patch_encoder")
+    return {w.path.removeprefix(scope): w for w in model.weights if "seed_generator" not in w.path}

@@ -99,9 +99,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
             "image_size": file_image_size(
                 checkpoint, config, length, (int(class_token),), None, image_size
             ),
-            "num_classes": checkpoint.shape("mlp_head.bias")[0]
-            if "mlp_head.bias" in tensors
-            else 0,
+            "num_classes": checkpoint.outputs("mlp_head.bias", "mlp_head.weight", 0),
             "channels": channels,
             "pooling": "token" if class_token else "mean",
             "class_token": class_token,

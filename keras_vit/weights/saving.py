@@ -83,6 +83,11 @@ def _check_saveable(family, arguments, weights):
         wrong.append(f"pooling={pooling!r} (expected {' or '.join(family.POOLINGS)})")
     elif bool(prefix) not in family.POOLINGS[pooling]:
         wrong.append(f"pooling={pooling!r} beside a class token or registers")
+    if family is timm and arguments["distillation_token"]:  # its class of them has neither
+        if arguments["num_registers"]:
+            wrong.append("registers beside a distillation token")
+        if arguments["norm_after_pooling"]:
+            wrong.append("norm_after_pooling=True beside a distillation token")
     config = arguments["variant"]
     if config.head_dim not in (None, config.hidden_dim / config.num_heads):
         wrong.append(f"head_dim={config.head_dim} (expected None)")

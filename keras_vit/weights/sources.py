@@ -29,6 +29,7 @@ _HUB_SHARDS = "model-*-of-*.safetensors"
 
 _WEIGHT_FILES = (".npz", ".safetensors", ".json")  # the last are configurations and indices
 
+_URL_SAFE = "%/:=&?~#+!$,;'@()*[]"  # all that an address is made of, but for letters and digits
 _TIMEOUT = 30  # seconds without an answer or a byte
 _CHUNK = 1 << 20  # bytes
 
@@ -97,7 +98,9 @@ def _from_hub(address):
     if file is None:
         return _hub_folder(address, repo, revision)
     beside = [posixpath.join(posixpath.dirname(file), name) for name in _HUB_CONFIGS]
-    path = _hub_snapshot(address, repo, revision, [file, *beside]) / file
+    stem = file.removesuffix(".safetensors.index.json")
+    shards = [] if stem == file else [f"{glob.escape(stem)}-*-of-*.safetensors"]
+    path = _hub_snapshot(address, repo, revision, [file, *beside], shards) / file
     if not path.is_file():
         raise ValueError(f"The repository has no such file. Received: path={address!r}.")
     return path
@@ -110,7 +113,7 @@ def _hub_folder(address, repo, revision):
     if any((folder / name).is_file() for name in weights):
         return folder
     folder = _hub_snapshot(address, repo, revision, _HUB_CONFIGS, ["*.npz"])
-    if not any(folder.rglob("*.npz")):
+    if not any(folder.glob("*.npz")):
         raise ValueError(
             f"The repository has no {_HUB_SINGLE}, {_HUB_INDEX} or .npz file. If its weights are "
             f"named otherwise, name the file: hf://owner/name/file. Received: path={address!r}."
@@ -265,7 +268,7 @@ def _open(url, part, tag):
 
 def _ask(url, headers):
     """Sends a GET request; returns the response if its status is 200, 206 or, of a range, 416."""
-    request = urllib.request.Request(url, headers=headers)
+    request = urllib.request.Request(urllib.parse.quote(url, safe=_URL_SAFE), headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:

@@ -112,7 +112,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
     arguments = {
         "variant": config,
         "image_size": file_image_size(checkpoint, config, length, slots, file_size, image_size),
-        "num_classes": checkpoint.shape("head.bias")[0] if "head.bias" in tensors else 0,
+        "num_classes": checkpoint.outputs("head.bias", "head.weight", 0),
         "channels": channels,
         "pooling": _pooling(checkpoint),
         "class_token": "cls_token" in tensors,
@@ -191,6 +191,10 @@ def _pooling(checkpoint):
                 f"`global_pool` must be one of {', '.join(CONFIG_POOLINGS)}. "
                 f"Received: global_pool={known!r}."
             )
+        if known == "avg" and (checkpoint.config.get("model_args") or {}).get(
+            "pool_include_prefix"
+        ):
+            return "mean"
         return CONFIG_POOLINGS[known]
     if "attn_pool.latent" in checkpoint.tensors:
         return "map"

@@ -369,6 +369,16 @@ def test_patch_filters_are_the_eigenvectors_of_the_covariance():
         assert found[abs(found).argmax()] > 0
 
 
+def test_patch_filters_with_lora():
+    model, merged = make(), make()
+    projection = model.get_layer("patch_encoder").projection
+    projection.enable_lora(3)
+    projection.lora_kernel_b.assign(normal(*projection.lora_kernel_b.shape))
+    merged.get_layer("patch_encoder").projection.kernel.assign(projection.kernel)
+    expected = explain.patch_filters(merged, 4)
+    np.testing.assert_allclose(explain.patch_filters(model, 4), expected, atol=1e-5)
+
+
 def test_patch_filters_of_known_patterns():
     """Filters that are multiples of two patterns: those are found, the stronger first."""
     model = make()
@@ -470,6 +480,10 @@ def test_errors_of_counts():
         explain.patch_filters(make(), count=0)
     with pytest.raises(ValueError, match=r"filters of a hybrid are those of its stem.*'vit'"):
         explain.patch_filters(make(HYBRID, image_size=(24, 40)))
+    quantized = make()
+    quantized.get_layer("patch_encoder").projection.quantize("int8")
+    with pytest.raises(ValueError, match=r"a model that is not quantized.*'vit', int8"):
+        explain.patch_filters(quantized)
     with pytest.raises(ValueError, match=r"`batch_size` must be a positive int.*batch_size=0"):
         explain.attention_maps(make(), normal(1, *IMAGE_SIZE, 3), batch_size=0)
 

@@ -45,8 +45,21 @@ LAYERS = [
         (4, 8, 20),
     ),
     (
+        PatchEncoder(
+            20, distillation_token=True, patch_norm=True, dropout=0.1, layer_norm_epsilon=1e-3
+        ),
+        (3, 4, 45),
+        (3, 6, 20),
+    ),
+    (
         MultiHeadSelfAttention(
-            5, dropout=0.1, attention_dropout=0.2, qk_norm=True, layer_norm_epsilon=1e-3
+            5,
+            head_dim=6,
+            dropout=0.1,
+            attention_dropout=0.2,
+            qkv_bias=False,
+            qk_norm=True,
+            layer_norm_epsilon=1e-3,
         ),
         (2, 7, 20),
         (2, 7, 20),
@@ -280,6 +293,16 @@ def test_number_of_tokens_may_vary():
     for tokens in (3, 5):
         x = normal(2, tokens, 8)
         np.testing.assert_allclose(numpy(model(x)), numpy(block(x)), rtol=1e-5, atol=1e-6)
+
+
+def test_stem_of_images_of_any_size():
+    stem = ResNetStem((1, 1), width=32)
+    images = keras.Input((None, None, 5))
+    model = keras.Model(images, stem(images))
+    assert model.output_shape == (None, None, None, 256)
+    for height, width in ((24, 40), (48, 24)):
+        outputs = numpy(model(normal(2, height, width, 5)))
+        assert outputs.shape == (2, height // 8, width // 8, 256)
 
 
 def test_standardized_convolution():

@@ -10,6 +10,7 @@ from conftest import randomise
 
 import keras_vit
 from keras_vit import VARIANTS, ViTConfig, build_vit
+from keras_vit.layers import drawing_by
 from keras_vit.model import check_whole
 
 CONFIG = ViTConfig(hidden_dim=32, depth=2, num_heads=2, mlp_dim=48, patch_size=4)
@@ -410,6 +411,25 @@ def test_dropout_stands_where_the_paper_puts_it():
         "block_1/drop_path": 0.2,
         "pooling/feed_forward/dropout": 0,
     }
+
+
+def test_dropout_is_applied_where_it_stands():
+    """In the order of the paper's equations; the first block's rate of DropPath is 0."""
+    shapes = []
+
+    def draw(_, shape):
+        shapes.append(tuple(int(size) for size in shape))
+        return keras.ops.full(shape, 0.9)
+
+    config = keras_vit.ViTConfig(hidden_dim=10, depth=2, num_heads=5, mlp_dim=14, patch_size=4)
+    rates = {"dropout": 0.3, "attention_dropout": 0.4, "drop_path": 0.2}
+    model = build_vit(config, image_size=(8, 12), **rates)
+    with drawing_by(draw):
+        model(np.zeros((3, 8, 12, 3), "float32"), training=True)
+    tokens, path = (3, 7, 10), (3, 1, 1)
+    block_0 = [(3, 5, 7, 7), tokens, (3, 7, 14), tokens]
+    block_1 = [(3, 5, 7, 7), tokens, path, (3, 7, 14), tokens, path]
+    assert shapes == [tokens, *block_0, *block_1]
 
 
 def test_training_reduces_the_loss():

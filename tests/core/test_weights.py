@@ -609,6 +609,37 @@ def test_attention_pooling_of_timm_leaves_prefix_tokens_out(tmp_path):
     assert load("timm_map", path).get_layer("patch_encoder").use_class_token
 
 
+def test_mean_of_timm_with_prefix_tokens(tmp_path):
+    """Where its config.json says so, its mean is of all tokens."""
+    size = outputs("timm_reg4_gap_ls")["images"].shape[1]
+    config = {
+        "global_pool": "avg",
+        "model_args": {"pool_include_prefix": True, "num_heads": 3},
+        "pretrained_cfg": {"input_size": [3, size, size]},
+    }
+    folder = folder_with(tmp_path, "timm_reg4_gap_ls", config=config)
+    model = keras_vit.from_checkpoint(folder, normalization=None)
+    expected = load("timm_reg4_gap_ls", pooling="mean")
+    images = outputs("timm_reg4_gap_ls")["images"]
+    np.testing.assert_array_equal(predict(model, images), predict(expected, images))
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [
+        ("timm_token", "head.bias"),
+        ("google_vit_token", "head/bias"),
+        ("lucidrains_vit_cls", "mlp_head.bias"),
+    ],
+)
+def test_a_head_without_a_bias_is_not_left_out(name, bias, tmp_path):
+    arrays = {key: array for key, array in tensors(name).items() if key != bias}
+    write = write_npz if name.startswith("google") else write_safetensors
+    path = write(tmp_path / f"x{'.npz' if write is write_npz else '.safetensors'}", arrays)
+    with pytest.raises(ValueError, match=rf"missing \(1\): {bias}"):
+        load(name, path)
+
+
 def test_normalisation_of_a_config_with_a_name(tmp_path):
     """Three equal values are one: they fit a hybrid's error message and read as a name."""
     assert normalization_of([0.5] * 3, [0.5] * 3) == "minus_one_one"
@@ -666,6 +697,9 @@ def positions_of(model):
         ("timm_token", "antialiased_bicubic"),
         ("hf_dinov2", "bicubic"),
         ("hf_dinov2_registers", "antialiased_bicubic"),
+        ("hf_vit", "bicubic"),
+        ("hf_deit_distilled", "bicubic"),
+        ("lucidrains_vit_cls", "antialiased_bicubic"),
     ],
 )
 def test_positions_are_resized_as_the_family_does(name, interpolation):
@@ -754,7 +788,7 @@ TANH = {"gelu": "tanh"}
         (CONFIG, {"normalization": "imagenet"}, "timm"),
         (CONFIG, {"gelu": "tanh", "layer_norm_epsilon": 1e-5}, "timm"),
         (CONFIG, {"num_registers": 3}, "timm"),
-        (CONFIG, {"distillation_token": True, "num_registers": 2}, "timm"),
+        (CONFIG, {"distillation_token": True}, "timm"),
         (CONFIG, {"pooling": "gap", "norm_after_pooling": True}, "timm"),
         (CONFIG, {"pooling": "gap", "class_token": False}, "timm"),
         (CONFIG, {"pooling": "map", "class_token": False, "qk_norm": True}, "timm"),
@@ -805,6 +839,16 @@ def test_positions_of_sincos_become_timms_learned_ones(tmp_path):
         ({"patch_norm": True}, "timm", r"'timm' has no place.*patch_norm=True"),
         ({"pooling": "token+gap"}, "timm", r"pooling='token\+gap'"),
         ({"representation_size": 5}, "timm", r"pre_logits/bias, pre_logits/kernel"),
+        (
+            {"distillation_token": True, "num_registers": 2},
+            "timm",
+            r"registers beside a distillation token",
+        ),
+        (
+            {"distillation_token": True, "norm_after_pooling": True},
+            "timm",
+            r"norm_after_pooling=True beside a distillation token",
+        ),
     ],
 )
 def test_what_a_family_cannot_hold(arguments, family, match, tmp_path):
@@ -829,12 +873,36 @@ def test_usual_head_width_may_be_said(tmp_path):
     assert keras_vit.from_checkpoint(tmp_path / "vit.safetensors").output_shape == (None, 7)
 
 
+def resized(model):
+    return keras_vit.resize_model(model, 16)
+
+
+def test_models_made_in_a_name_scope(tmp_path):
+    """As within a layer's `build`: their weights are found under the same names."""
+    expected = load("timm_token")
+    with keras.name_scope("teacher"):
+        model = load("timm_token")
+    assert any(weight.path.startswith("teacher/") for weight in model.weights)
+    images = outputs("timm_token")["images"]
+    np.testing.assert_array_equal(predict(model, images), predict(expected, images))
+    keras_vit.load_weights(model, weights_file("timm_token"))
+    keras_vit.save_checkpoint(model, tmp_path / "vit.safetensors", "timm")
+    assert positions_of(resized(model)).shape == positions_of(resized(expected)).shape
+
+
 def test_no_part_of_a_model_is_left_out(tmp_path):
     vit = keras_vit.build_vit(CONFIG, image_size=8, num_classes=0)
     head = keras.layers.Dense(7, activation="softmax", name="head")
     path = tmp_path / "vit.safetensors"
     with pytest.raises(ValueError, match=r"layers of its own, \['head'\]"):
         keras_vit.save_checkpoint(keras.Model(vit.input, head(vit.output)), path, "timm")
+    head = keras.layers.Dense(7, use_bias=False, name="head")
+    for save in (lambda m: keras_vit.save_checkpoint(m, path, "timm"), resized):
+        with pytest.raises(ValueError, match=r"layers of its own, \['head'\]"):
+            save(keras.Model(vit.input, head(vit.output)))
+    x = keras.layers.Dense(5, activation="relu", name="pre_logits")(vit.output)
+    with pytest.raises(ValueError, match=r"layers of its own, \['pre_logits'\]"):
+        resized(keras.Model(vit.input, keras.layers.Dense(7, name="head")(x)))
     outputs = [vit.output, vit.get_layer("encoder_norm").output]
     with pytest.raises(ValueError, match=r"a model with 2 outputs"):
         keras_vit.save_checkpoint(keras.Model(vit.input, outputs), path, "timm")
@@ -915,6 +983,25 @@ def test_load_weights_warns_of_another_gelu():
         keras_vit.load_weights(model, weights_file("timm_token"))
 
 
+def test_load_weights_warns_of_an_unusual_head_count(tmp_path):
+    """Which no shape of the file tells."""
+    files = {}
+    for heads in (3, 12):
+        config = keras_vit.ViTConfig(192, 1, heads, 32, 8)
+        model = keras_vit.build_vit(config, image_size=16, num_classes=2)
+        keras_vit.save_checkpoint(model, tmp_path / f"{heads}.safetensors", "timm")
+        arrays = safetensors.numpy.load_file(tmp_path / f"{heads}.safetensors")
+        files[heads] = write_safetensors(tmp_path / f"bare{heads}.safetensors", arrays), model
+    path, model = files[12]
+    match = r"bare12.*does not say its head count.*num_heads=3, and the model has num_heads=12"
+    with pytest.warns(UserWarning, match=match):
+        keras_vit.load_weights(model, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras_vit.load_weights(model, tmp_path / "12.safetensors")  # says it
+        keras_vit.load_weights(files[3][1], files[3][0])
+
+
 @pytest.mark.filterwarnings("ignore:.*does not say its")
 def test_load_weights_warns_of_another_normalisation_and_pooling():
     base = {"variant": keras_vit.ViTConfig(24, 3, 3, 96, 8), "image_size": 32, "num_classes": 7}
@@ -946,7 +1033,9 @@ def test_a_google_file_of_ours_says_the_normalisation(tmp_path, normalization):
         assert arrays["Transformer/encoder_norm/scale"].shape == (CONFIG.hidden_dim,)
 
 
-@pytest.mark.parametrize("comment", [b"by hand", b"[1]", b'{"keras_vit": null}', b'{"other": {}}'])
+@pytest.mark.parametrize(
+    "comment", [b"by hand", b"[" * 60_000, b"[1]", b'{"keras_vit": null}', b'{"other": {}}']
+)
 def test_comments_of_others_in_an_archive(tmp_path, comment):
     path = tmp_path / "vit.npz"
     keras_vit.save_checkpoint(
