@@ -188,6 +188,10 @@ def train(
     fields = {field.name for field in dataclasses.fields(Recipe)}
     # Options that are not used above by name are fields of the recipe.
     overrides = {k: v for k, v in context.params.items() if k in fields and v is not None}
+    for name, value in map(parse_override, settings or ()):
+        if name in overrides:
+            raise ValueError(f"{name} must be given once. Received: {overrides[name]} and {value}.")
+        overrides[name] = value
     with contextlib.suppress(TrainingInterrupted):  # which has said how to go on
         train(
             data,
@@ -205,7 +209,7 @@ def train(
             keep_checkpoints=keep_checkpoints,
             skip_unreadable=skip_unreadable,
             overwrite=overwrite,
-            **overrides | dict(parse_override(setting) for setting in settings or ()),
+            **overrides,
         )
 
 

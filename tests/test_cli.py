@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 
 from keras_vit import cli, training
 from keras_vit.data import load_data
-from keras_vit.export import LIMITS
+from keras_vit.data.pipeline import first_images
+from keras_vit.export import LIMITS, NPU_MODES
 
 
 def run_cli(*arguments, code=0):
@@ -67,7 +69,8 @@ def test_train_evaluate_predict_in_processes_of_their_own(tmp_path):
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{index}.png")
     run = tmp_path / "run"
     data = f"folder:{tmp_path / 'photos'}"
-    arguments = ("--data", data, "--out", run, "--epochs", 6, "--image-size", 16, "--no-xla")
+    arguments = ("--data", data, "--out", run, "--epochs", 6, "--set", "image_size=16,24")
+    arguments += ("--no-xla",)
     out, err = run_cli("train", *arguments)
     assert "2 classes, 32 training, 4 validation, 4 test images" in out
     assert "epoch 6/6  loss" in out
@@ -115,6 +118,23 @@ def test_xla(monkeypatch, arguments, expected):
     assert asked["jit_compile"] == expected
 
 
+def test_a_field_is_given_once(tmp_path):
+    twice = ("--batch-size", 64, "--set", "batch_size=32")
+    for given in (twice, ("--set", "batch_size=64", *twice[2:])):
+        with pytest.raises(ValueError, match=r"batch_size must be given once. Received: 64 and 32"):
+            invoke("train", "--data", "digits", "--out", tmp_path / "run", *given)
+
+
+def test_options_that_turn_something_off_are_taken(monkeypatch):
+    """0 and no are values; what is not named stays the recipe's."""
+    asked = {}
+    monkeypatch.setattr(training, "train", lambda *_, **options: asked.update(options))
+    invoke("train", "--data", "digits", "--no-flip", "--label-smoothing", 0, "--warmup", 0)
+    fields = {field.name for field in dataclasses.fields(training.Recipe)}
+    given = {name: value for name, value in asked.items() if name in fields}
+    assert given == {"flip": False, "label_smoothing": 0.0, "warmup": 0.0}
+
+
 def test_evaluate(digits_run, tmp_path):
     folder = shutil.copytree(digits_run.folder, tmp_path / "run")
     out = invoke("evaluate", folder, "--split", "validation")
@@ -125,6 +145,23 @@ def test_evaluate(digits_run, tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert names == {"evaluation.json", "per_class.csv", "confusion.png", "mistakes.png"}
     assert json.loads((folder / "evaluation.json").read_text())["data"] == "digits"
+
+
+def test_evaluate_other_images(digits_run, tmp_path):
+    folder = shutil.copytree(digits_run.folder, tmp_path / "run")
+    digits = load_data("digits").test.dataset.take(200).as_numpy_iterator()
+    for index, (image, label) in enumerate(digits):
+        path = tmp_path / "photos" / str(label) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    data = f"folder:{tmp_path / 'photos'}"
+    out = invoke("evaluate", folder, "--data", data, "--split", "train")
+    evaluation = json.loads(
+        (folder / "evaluation" / "photos-train" / "evaluation.json").read_text()
+    )
+    assert evaluation["data"] == data
+    assert evaluation["top1"] > 0.9
+    assert f"top-1 {evaluation['top1']:.4f}" in out
 
 
 def test_evaluation_of_the_same_images_at_another_path_is_replaced(digits_run, tmp_path):
@@ -220,6 +257,7 @@ def test_export(digits_run, exported):
     for name, exported in report["exports"].items():
         assert (exported["path"], exported["mode"]) == (rows[name]["path"], name)
     assert report["exports"].keys() == rows.keys() - {"keras"}
+    assert report["exports"]["fp32"]["output"]["name"] == "probabilities"
     assert rows["int8_mixed"]["partitions"] == 1
     assert min(row["accuracy"] for row in rows.values()) >= 0.97
     assert rows["fp32"]["max_error"] <= 1e-4
@@ -255,6 +293,44 @@ def test_file_that_fails_its_check_is_an_error(digits_run, tmp_path, monkeypatch
     monkeypatch.setattr("keras_vit.export.LIMITS", unreachable)
     with pytest.raises(ValueError, match=r"fp32: the top-1 class agrees"):
         invoke("export", digits_run.folder, "--out", tmp_path / "x", "--mode", "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_are_chosen_by_other_images_than_those_of_the_check(
+    digits_run, tmp_path, monkeypatch
+):
+    class Verified(Exception):
+        pass
+
+    asked = {}
+
+    def export_files(run, model, folder, modes, **options):
+        asked.update(options, modes=modes)
+        return {"int8_full": types.SimpleNamespace(path=folder / "x.tflite")}
+
+    def verify(model, files, images, labels, *, limits, exports):
+        asked.update(checked=images, checked_labels=labels, limits=limits)
+        raise Verified
+
+    monkeypatch.setattr(cli, "export_files", export_files)
+    monkeypatch.setattr("keras_vit.export.verify", verify)
+    options = ("--max-drop", 0.5, "--min-agreement", 0.9, "--io-dtype", "uint8", "--logits")
+    counts = ("--images", 20, "--calibration-images", 7)
+    with pytest.raises(Verified):
+        invoke("export", digits_run.folder, "--out", tmp_path / "x", *options, *counts)
+    data, size = digits_run.data(), (16, 16)
+    for found, split, count in (
+        ((asked["checked"], asked["checked_labels"]), data.test, 20),
+        (asked["held_out"], data.validation, 20),
+        ((asked["calibration"], None), data.train, 7),
+    ):
+        images, labels = first_images(split, size, count)
+        np.testing.assert_array_equal(found[0], images)
+        assert found[1] is None or np.array_equal(found[1], labels)
+    assert asked["modes"] == NPU_MODES
+    assert (asked["max_drop"], asked["min_agreement"], asked["io_dtype"]) == (0.5, 0.9, "uint8")
+    assert asked["activation"] is None
+    assert {limit.agreement for limit in asked["limits"].values()} == {0.9}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -314,6 +390,24 @@ def test_help_needs_no_backend():
     modules = imported("import sys; sys.argv[0] = '/bin/keras-vit'; import keras_vit.cli")
     assert "typer" in modules
     assert modules.isdisjoint({"keras", "tensorflow", "numpy", "matplotlib"})
+
+
+def test_the_core_runs_without_tensorflow(tmp_path):
+    code = """
+import os, sys
+os.environ["KERAS_BACKEND"] = "jax"
+sys.modules["tensorflow"] = None  # its import is an error
+import keras_vit
+model = keras_vit.build_vit("Ti/16", image_size=32, num_classes=3)
+keras_vit.save_checkpoint(model, sys.argv[1], "timm")
+again = keras_vit.from_checkpoint(sys.argv[1])
+print(again.predict(__import__("numpy").zeros((2, 32, 32, 3)), verbose=0).shape)
+"""
+    path = tmp_path / "vit.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "(2, 3)\n", done.stderr
 
 
 def test_import_of_keras_vit_brings_little_beside_keras():

@@ -461,6 +461,23 @@ def test_two_workers_all_reduce():
     assert results == [["Slurm", name, 16.0]] * 2 + [["MASTER_ADDR", name, 16.0]] * 2
 
 
+AGREE = """
+import json
+from keras_vit.training.workers import join_workers
+
+workers = join_workers("auto")
+any_is = [workers.any(not workers.is_chief), workers.any(workers.is_chief), workers.any(False)]
+print(json.dumps([workers.is_chief, any_is, workers.json_from_chief([workers.is_chief, "\u00e4"])]))
+"""
+
+
+def test_two_workers_agree():
+    """Whoever of them has something to say, and on what the chief says."""
+    cluster = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_ports(2)), "WORLD_SIZE": "2"}
+    results = run_workers([cluster | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"], AGREE)
+    assert results == [[chief, [True, True, False], [True, "ä"]] for chief in (True, False)]
+
+
 def test_mirrored_over_cpu_devices():
     code = """
 import json
@@ -626,7 +643,10 @@ def test_kubernetes_job_is_started_again_until_it_is_finished(
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": str(run), "DATA": "folder:x"}
     pod = subprocess.Popen(container["command"], env=environ, start_new_session=True)
     try:
+        deadline = time.monotonic() + 30
         while told and not (tmp_path / "ready").exists():
+            assert pod.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         if told:
             pod.terminate()
@@ -672,6 +692,8 @@ def test_slurm_job(slurm_job, tmp_path):
     again = f"{srun} --resume {tmp_path / 'run'} --strategy multiworker"
     assert slurm_job(DATA="digits") == (0, [first])
     (tmp_path / "run").mkdir()
+    assert slurm_job(DATA="digits") == (0, [first])
+    (tmp_path / "run" / "run.json").touch()
     assert slurm_job() == (0, [again])
     assert slurm_job(srun_status="1") == (1, [again, "scontrol requeue 77"])
     requeued = {"SLURM_RESTART_COUNT": "2", "srun_status": "1"}

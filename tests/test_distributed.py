@@ -17,7 +17,7 @@ from keras_vit import ViTConfig
 from keras_vit.data.pipeline import untuned
 from keras_vit.layers import Dropout
 from keras_vit.training import DistributedModel, Mixing, distributed
-from keras_vit.training.keras_internals import weight_averages
+from keras_vit.training.keras_internals import batches_seen, weight_averages
 
 BATCH = 32
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 12, 8, 3)).astype("uint8")
@@ -417,6 +417,173 @@ def test_stock_draws_the_same_masks_on_all_replicas():
     for layers in (stock_layers, keras_vit_layers):
         for mask in masks(keras.Model, 2, layers).values():
             np.testing.assert_array_equal(mask[:, : BATCH // 2], mask[:, BATCH // 2 :])
+
+
+@pytest.mark.parametrize(("replicas", "micro_batches"), [(None, 1), (None, 4), (2, 1), (2, 4)])
+def test_weights_of_images_and_classes(replicas, micro_batches):
+    """As in stock Keras without a strategy, in training and in evaluation."""
+    weights = np.random.default_rng(7).uniform(0, 3, len(LABELS)).astype("float32")
+    weighted = untuned(tf.data.Dataset.from_tensor_slices((IMAGES, LABELS, weights)).batch(BATCH))
+    by_class = {index: 0.2 + index for index in range(5)}
+    trained = []
+    for model_class, own in (
+        (keras.Model, {"replicas": None}),
+        (DistributedModel, {"replicas": replicas, "micro_batches": micro_batches}),
+    ):
+        model = compiled(model_class, optimizer=OPTIMIZERS["sgd"], **own)
+        losses = model.fit(weighted, epochs=2, shuffle=False, verbose=0).history["loss"]
+        losses += model.fit(
+            batches(), epochs=2, class_weight=by_class, shuffle=False, verbose=0
+        ).history["loss"]
+        evaluated = model.evaluate(weighted, verbose=0)
+        trained.append((Training(losses, model.get_weights(), []), evaluated))
+    (expected, expected_results), (training, results) = trained
+    assert_same(training, expected)
+    np.testing.assert_allclose(results, expected_results, atol=1e-5)
+    assert abs(results[0] - model.evaluate(batches(), verbose=0)[0]) > 0.01
+
+
+def squared_error(labels, outputs):
+    return keras.ops.mean((labels - outputs) ** 2)
+
+
+class SquaredError(keras.losses.Loss):
+    def call(self, labels, outputs):
+        return squared_error(labels, outputs)
+
+
+@pytest.mark.parametrize("loss", [squared_error, SquaredError()], ids=["function", "class"])
+def test_a_loss_must_give_a_value_for_each_image(loss):
+    """Keras would take the sum of the replicas' means: a learning rate as often as large."""
+    with scope(mirrored(2)):
+        network = build_mlp()
+        model = DistributedModel(network.inputs, network.outputs)
+        model.compile("sgd", loss, jit_compile=False)
+    match = r"for each image, of shape \(B,\).*Received: 'squared_error', which gives a scalar"
+    with pytest.raises(ValueError, match=match):
+        model.fit(batches(), verbose=0)
+    network = build_mlp()
+    alone = DistributedModel(network.inputs, network.outputs)
+    alone.compile("sgd", loss, jit_compile=False, micro_batches=4)
+    assert alone.fit(batches(), verbose=0).history["loss"][0] > 0
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight", None])
+@pytest.mark.parametrize(("replicas", "micro_batches"), [(None, 2), (2, 1)])
+def test_a_loss_must_be_a_mean(reduction, replicas, micro_batches):
+    loss = keras.losses.MeanSquaredError(reduction=reduction)
+    with scope(mirrored(replicas)):
+        network = build_mlp()
+        model = DistributedModel(network.inputs, network.outputs)
+        with pytest.raises(ValueError, match=rf"must be a mean.*reduction={reduction!r}"):
+            model.compile("sgd", {"dense": loss}, micro_batches=micro_batches)
+        if micro_batches > 1:
+            model.compile("sgd", loss)
+
+
+def test_metrics_of_several_values():
+    def metrics():
+        precision = keras.metrics.Precision(thresholds=[0.3, 0.6], name="precision")
+        return ["accuracy", keras.metrics.F1Score(), precision]
+
+    expected = compiled(keras.Model, None, OPTIMIZERS["sgd"])
+    model = compiled(DistributedModel, 2, OPTIMIZERS["sgd"])
+    results = []
+    for each in (expected, model):
+        with scope(getattr(each, "strategy", None)):
+            loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+            optimizer = OPTIMIZERS["sgd"]()
+            each.compile(optimizer, loss, metrics=metrics(), jit_compile=False)
+        each.fit(batches(), verbose=0)
+        results.append(each.evaluate(batches(), verbose=0, return_dict=True))
+    assert np.shape(results[0]["f1_score"]) == (5,)
+    for name, value in results[0].items():
+        np.testing.assert_allclose(results[1][name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("replicas", "micro_batches"), [(None, 4), (2, 1), (2, 4)])
+def test_run_eagerly_with_ragged_batches(replicas, micro_batches):
+    """Where the size of each batch is known, it is not that of all."""
+    data = batches(8, IMAGES[:19], LABELS[:19])  # the last batch: 3
+    weights = []
+    for eagerly in (False, True):
+        model = compiled(
+            DistributedModel,
+            replicas,
+            OPTIMIZERS["sgd"],
+            micro_batches=micro_batches,
+            run_eagerly=eagerly,
+        )
+        model.fit(data, epochs=2, shuffle=False, verbose=0)
+        weights.append(Training([], model.get_weights(), []))
+    assert_same(*weights)
+
+
+def by_layer():
+    """An optimizer for each layer of `build_mlp`, and one that has nothing to do."""
+    sgd, adam = keras.optimizers.SGD(0.1), keras.optimizers.AdamW(1e-2, epsilon=1e-3)
+    optimizers = keras.optimizers.OptimizerMap(sgd, {".*kernel": adam})
+    optimizers["nothing"] = keras.optimizers.SGD(0.3, use_ema=True)
+    return keras.optimizers.MultiOptimizer(optimizers)
+
+
+def test_several_optimizers():
+    expected = train(keras.Model, None, by_layer)
+    for replicas in (None, 2):
+        assert_same(train(DistributedModel, replicas, by_layer), expected)
+    model = compiled(DistributedModel, None, by_layer)
+    model.fit(batches(), epochs=2, verbose=0)
+    assert int(batches_seen(model.optimizer)) == 4
+
+
+def test_optimizers_of_a_function():
+    """Known only when training begins: too late for a strategy."""
+
+    def optimizer():
+        one = keras.optimizers.SGD(0.1)
+        return keras.optimizers.MultiOptimizer(lambda variable: one)
+
+    train(DistributedModel, None, optimizer)
+    with pytest.raises(ValueError, match=r"must be in its OptimizerMap.*of a function"):
+        compiled(DistributedModel, 2, optimizer)
+
+
+class Penalty(keras.layers.Layer):
+    def call(self, x):
+        self.add_loss(keras.ops.mean(x**2))
+        return x
+
+
+def test_losses_of_layers_with_xla():
+    def build():
+        network = build_mlp()
+        return keras.Model(network.inputs, Penalty()(network.outputs[0]))
+
+    results = []
+    for model_class, options in (
+        (keras.Model, {"replicas": None}),
+        (DistributedModel, {"replicas": 2, "jit_compile": True}),
+    ):
+        model = compiled(model_class, optimizer=OPTIMIZERS["sgd"], build=build, **options)
+        losses = model.fit(
+            batches(), epochs=2, validation_data=batches(), shuffle=False, verbose=0
+        ).history
+        results.append([losses["loss"], losses["val_loss"]])
+    np.testing.assert_allclose(*results, atol=1e-5)
+
+
+def test_no_xla_for_layers_that_it_cannot_compile():
+    def build():
+        images = keras.Input((12, 8, 3))
+        rotated = keras.layers.RandomRotation(0.1)(images)
+        return keras.Model(images, keras.layers.Dense(5)(keras.layers.Flatten()(rotated)))
+
+    for replicas in (None, 2):
+        model = compiled(
+            DistributedModel, replicas, OPTIMIZERS["sgd"], build=build, jit_compile="auto"
+        )
+        assert not model.xla
+    model.fit(batches(), verbose=0)
 
 
 @pytest.mark.parametrize("weights", ["sample_weight", "class_weight"])

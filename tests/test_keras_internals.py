@@ -52,6 +52,7 @@ def instances():
     model.optimizer.build(model.trainable_variables)
     return {
         "model": model,
+        "compile_loss": model._compile_loss,
         "layer": model.layers[-1],
         "optimizer": model.optimizer,
         "epoch_iterator": iterator,

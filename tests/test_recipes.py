@@ -13,7 +13,11 @@ import tensorflow as tf
 from rich.console import Console
 
 from keras_vit import ViTConfig, build_vit
+from keras_vit.data import load_data
 from keras_vit.data.augmentation import Augmentation
+from keras_vit.data.pipeline import training_batches
+from keras_vit.training.building import compiled_model, model_arguments
+from keras_vit.training.fitting import _batches
 from keras_vit.training.losses import SigmoidCrossEntropy, build_loss, set_head_bias
 from keras_vit.training.mixing import PROPOSALS, Mixing, _beta, _box_weights, _uniform
 from keras_vit.training.optimizers import (
@@ -26,6 +30,7 @@ from keras_vit.training.optimizers import (
 )
 from keras_vit.training.recipe_table import recipe_details, recipes_table
 from keras_vit.training.recipes import RECIPES, TEXTS, Recipe, parse_override
+from keras_vit.training.workers import Workers
 
 SMALL = Recipe(ViTConfig(16, 2, 2, 24, 4), image_size=8, epochs=2)
 
@@ -514,3 +519,57 @@ def test_moving_average(optimizer, layer_decay, cls):
 
 def test_no_moving_average():
     assert not build_optimizer(SMALL, small_vit(), steps_per_epoch=10).use_ema
+
+
+# The recipe of a run.
+
+
+def test_every_part_of_a_recipe_reaches_the_training():
+    """What two runs of the same code have in common, a comparison of them would not miss."""
+    recipe = dataclasses.replace(
+        SMALL,
+        image_size=(12, 8),
+        batch_size=6,
+        micro_batches=2,
+        dropout=0.1,
+        drop_path=0.2,
+        layer_scale=0.3,
+        clip_norm=0.7,
+        weight_decay=0.4,
+        ema=0.9,
+        loss="sigmoid",
+        label_smoothing=0.1,
+        head_bias=-2.0,
+        mixup=0.2,
+        cutmix=1.0,
+        flip=True,
+        rand_augment=(2, 9),
+        erasing=0.25,
+    )
+    options = {"seed": 11, "precision": "float32", "jit_compile": False}
+    data = load_data("digits")
+    vit, model = compiled_model(model_arguments(recipe, 10), recipe, data, options, Workers())
+    assert (model.mixing, model.micro_batches, model.seed) == (recipe.mixing, 2, 11)
+    assert not model.xla
+    assert isinstance(model.loss, SigmoidCrossEntropy)
+    assert model.loss.label_smoothing == 0.1
+    np.testing.assert_array_equal(vit.get_layer("head").bias, np.full(10, -2.0, "float32"))
+    block = vit.get_layer("block_1")
+    assert (block.feed_forward.dropout.rate, block.attention.dropout.rate) == (0.1, 0.1)
+    assert (block.drop_path.rate, block.layer_scale1.initial_value) == (0.2, 0.3)
+    optimizer = model.optimizer
+    assert (optimizer.global_clipnorm, optimizer.weight_decay) == (0.7, 0.4)
+    assert (optimizer.use_ema, optimizer.ema_momentum) == (True, 0.9)
+
+    def batch(seed=11, augmentation=recipe.augmentation):
+        batches = training_batches(
+            data.train, (12, 8), 6, 10, seed=seed, first_step=4, augmentation=augmentation
+        )
+        return [tensor.numpy() for tensor in next(iter(batches))]
+
+    training, validation = _batches(data, recipe, model, 11, Workers(), 4)
+    for found, expected in zip(next(iter(training)), batch(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(batch()[0], batch(augmentation=Augmentation())[0])
+    assert not np.array_equal(batch()[1], batch(seed=12)[1])
+    assert next(iter(validation))[0].shape == (3, 12, 8, 3)  # as many as a micro-batch has

@@ -137,6 +137,16 @@ class TestFolderOfRecords:
         assert Counter(data.train) == {0: 1, 1: 1}
         assert Counter(data.validation) == {0: 1, 1: 1}
 
+    def test_texts_that_two_classes_have_are_no_names(self, tmp_path):
+        """ImageNet has two classes "crane"."""
+        for name in SPLITS:
+            records = [
+                example(encoded(9), label, **{"image/class/text": text})
+                for label, text in ((0, b"crane"), (1, b"ox"), (2, b"crane"))
+            ]
+            write(tmp_path / f"{name}.tfrecord", records)
+        assert load(tmp_path).class_names == ("0", "1", "2")
+
     @pytest.mark.parametrize(
         ("labels", "lines", "expected"),
         [

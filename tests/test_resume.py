@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from keras_vit import ViTConfig, build_vit, cli
 from keras_vit.data import load_data
+from keras_vit.data.pipeline import first_images
 from keras_vit.training import (
     DistributedModel,
     Recipe,
@@ -35,6 +36,7 @@ from keras_vit.training import (
 from keras_vit.training.callbacks import BestModel, Checkpoints
 from keras_vit.training.checkpoints import load_state, restore_state, save_state, state_variables
 from keras_vit.training.fitting import lost_workers
+from keras_vit.training.losses import build_loss
 from keras_vit.training.trainer import _check_batch, _check_same_data, _fit_batch
 from keras_vit.weights import save_checkpoint
 
@@ -42,7 +44,7 @@ CONFIG = ViTConfig(hidden_dim=8, depth=1, num_heads=2, mlp_dim=12, patch_size=4)
 # Everything that is random, and everything that a step keeps for the next ones.
 EVERYTHING = Recipe(
     CONFIG,
-    image_size=8,
+    image_size=(8, 12),
     pooling="token",
     epochs=2,
     batch_size=128,  # 10 steps an epoch
@@ -56,7 +58,13 @@ EVERYTHING = Recipe(
     rand_augment=(2, 9),
     erasing=0.25,
 )
-TUNED = {"image_size": 8, "epochs": 2, "batch_size": 128, "freeze_backbone": True, "dropout": 0.1}
+TUNED = {
+    "image_size": (12, 8),
+    "epochs": 2,
+    "batch_size": 128,
+    "freeze_backbone": True,
+    "dropout": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +163,17 @@ def assert_same(run, expected):
 
 
 # The same result.
+
+
+def test_the_averages_are_validated_and_kept(uninterrupted):
+    images, labels = first_images(uninterrupted.data().validation, (8, 12), 10_000)
+    one_hot = np.eye(10, dtype="float32")[labels]
+    rows = history(uninterrupted.folder)
+    best = uninterrupted.info["results"]["best_epoch"] - 1
+    for which, row in (("best", rows[best]), ("last", rows[-1])):
+        logits = uninterrupted.model(which).predict(images, verbose=0)
+        loss = float(build_loss(EVERYTHING)(one_hot, logits))
+        assert loss == pytest.approx(float(row["val_loss"]), rel=1e-5)
 
 
 def test_goes_on_in_mid_epoch(copy, uninterrupted):
@@ -357,6 +376,7 @@ def test_workers_must_have_the_same_images():
     _check_same_data(data, second(data.fingerprint))
 
 
+@pytest.mark.usefixtures("sigterm")
 def test_sigterm_during_validation(tmp_path, monkeypatch, uninterrupted):
     """In each epoch: training ends after it, with a checkpoint, and `resume` only has to finish."""
 
@@ -384,6 +404,18 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def sigterm():
+    """Lets a SIGTERM that nothing listens to fail the test, and not end the tests' process."""
+
+    def fail(*_):
+        raise AssertionError("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, fail)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -299,6 +299,15 @@ def test_what_training_tests_with(tmp_path, monkeypatch):
     assert taken == [16] == [run.images_at_once]
 
 
+def test_an_empty_folder_stays(tmp_path):
+    """It may be a mount, or belong to others."""
+    before = tmp_path.stat().st_ino
+    with new_run_folder(tmp_path, overwrite=False) as folder:
+        (folder / "best.keras").touch()
+    assert tmp_path.stat().st_ino == before
+    assert [path.name for path in tmp_path.iterdir()] == ["best.keras"]
+
+
 @pytest.mark.parametrize(
     ("made", "stays"),
     [

@@ -43,30 +43,35 @@ RESUME = ["--resume", "run"]
 
 # A smaller model than the recipe's, as each process has to trace it.
 SMALL = ViTConfig(hidden_dim=24, depth=2, num_heads=3, mlp_dim=40, patch_size=4)
-# The command, with a disk so slow that there is time to act upon a checkpoint.
+# The command, which waits at its checkpoints within an epoch until it has been acted upon.
 COMMAND = f"""
-import dataclasses, signal, sys, time
+import dataclasses, os, pathlib, signal, sys, time
 from keras_vit import ViTConfig, cli
 from keras_vit.training import callbacks, recipes
 tiny = dataclasses.replace(recipes.RECIPES["tiny"], variant={SMALL!r})
 recipes.RECIPES = {{**recipes.RECIPES, "tiny": tiny}}
 save = callbacks.save_state
-def save_slowly(*args):
-    save(*args)
-    time.sleep(0.5)
-callbacks.save_state = save_slowly
+def save_and_wait(folder, model, position, *args, **kwargs):
+    save(folder, model, position, *args, **kwargs)
+    deadline = time.monotonic() + 60
+    if position["step_of_epoch"] and str(position["epoch"]) == os.environ.get("HELD_EPOCH"):
+        while not pathlib.Path("../released").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+callbacks.save_state = save_and_wait
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell's foreground
 cli.main()
 """
 
 
 @contextlib.contextmanager
-def workers(folder, count, *arguments):
+def workers(folder, count, *arguments, held_epoch=None):
     """Starts `keras-vit train` on workers, each in a folder of its own: folder/0, folder/1, ...
 
-    Their output goes to folder/0.out, folder/0.err, ... They do not outlive the block.
+    Their output goes to folder/0.out, folder/0.err, ... They do not outlive the block. In the
+    midst of `held_epoch`, counted from 0, a checkpoint waits for the file folder/released.
     """
     processes = []
+    (folder / "released").unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         for index, environ in enumerate(environments(count)):
             (folder / str(index)).mkdir(parents=True, exist_ok=True)
@@ -77,7 +82,7 @@ def workers(folder, count, *arguments):
             process = subprocess.Popen(
                 [sys.executable, "-c", COMMAND, "train", *arguments],
                 cwd=folder / str(index),
-                env=environ,
+                env=environ | {"HELD_EPOCH": str(held_epoch)},
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
@@ -176,9 +181,10 @@ def two(tmp_path_factory):
 def terminated(tmp_path_factory):
     """The folder of two workers, of which the chief alone got SIGTERM in the midst of epoch 0."""
     folder = tmp_path_factory.mktemp("terminated")
-    with workers(folder, 2, *TRAIN, "--strategy", "multiworker") as processes:
+    with workers(folder, 2, *TRAIN, "--strategy", "multiworker", held_epoch=0) as processes:
         wait_for_checkpoint(folder, processes[0], epoch=0)
         processes[0].send_signal(signal.SIGTERM)
+        (folder / "released").touch()
         codes = [process.wait(120) for process in processes]
     assert codes == [0, 0], (folder / "0.err").read_text()
     return folder
@@ -188,9 +194,10 @@ def terminated(tmp_path_factory):
 def killed(terminated, tmp_path_factory):
     """The folder of these two, resumed, of which one was killed in the midst of epoch 1."""
     folder = shutil.copytree(terminated, tmp_path_factory.mktemp("killed") / "copy")
-    with workers(folder, 2, *RESUME, "--strategy", "multiworker") as processes:
+    with workers(folder, 2, *RESUME, "--strategy", "multiworker", held_epoch=1) as processes:
         wait_for_checkpoint(folder, processes[0], epoch=1)
         processes[1].kill()
+        (folder / "released").touch()
         code = processes[0].wait(120)
     assert code == 1, (folder / "0.err").read_text()
     return folder
@@ -261,16 +268,17 @@ def test_one_worker_goes_on_where_two_were(killed, one, tmp_path):
 
 def test_one_process_is_terminated_and_killed(one, tmp_path):
     """And goes on with the command that it printed."""
-    with workers(tmp_path, 1, *TRAIN) as [process]:
+    with workers(tmp_path, 1, *TRAIN, held_epoch=0) as [process]:
         wait_for_checkpoint(tmp_path, process, epoch=0)
         process.terminate()
+        (tmp_path / "released").touch()
         assert process.wait(60) == 0, (tmp_path / "0.err").read_text()
     last_line = (tmp_path / "0.out").read_text().splitlines()[-1]
     said, command = last_line.split("Continue with: keras-vit train ")
     position = newest_position(tmp_path / "0" / "run")
     assert said == f"Stopped by SIGTERM at step {position['step']}. "
     assert 0 < position["step_of_epoch"] < STEPS
-    with workers(tmp_path, 1, *shlex.split(command)) as [process]:
+    with workers(tmp_path, 1, *shlex.split(command), held_epoch=1) as [process]:
         wait_for_checkpoint(tmp_path, process, epoch=1)
         process.kill()
         assert process.wait(60) == -signal.SIGKILL
@@ -280,9 +288,10 @@ def test_one_process_is_terminated_and_killed(one, tmp_path):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    with workers(tmp_path, 1, *TRAIN) as [process]:
+    with workers(tmp_path, 1, *TRAIN, held_epoch=0) as [process]:
         wait_for_checkpoint(tmp_path, process, epoch=0)
         process.send_signal(signal.SIGINT)
+        (tmp_path / "released").touch()
         assert process.wait(60) == 0, (tmp_path / "0.err").read_text()
     step = newest_position(tmp_path / "0" / "run")["step"]
     said = f"Stopped by SIGINT at step {step}. Continue with: keras-vit train --resume"

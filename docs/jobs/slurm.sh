@@ -13,7 +13,7 @@
 DATA=${DATA:-folder:/shared/images}
 RUN=${RUN:-/shared/runs/images}
 
-if [ -e "$RUN" ]; then
+if [ -e "$RUN/run.json" ]; then
   WHAT=(--resume "$RUN")
 else
   WHAT=(--data "$DATA" --out "$RUN")

@@ -199,7 +199,9 @@ def _number_classes(
     if names is None:
         texts = {label: text for split in facts for label, text in facts[split] if text}
         numbers = range(first, high + 1)
-        named = all(number in texts for number in numbers)
+        named = all(number in texts for number in numbers) and len(set(texts.values())) == len(
+            texts
+        )
         names = tuple(texts[number] if named else str(number) for number in numbers)
     return {split: values - first for split, values in labels.items()}, names
 

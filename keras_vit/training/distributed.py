@@ -17,6 +17,7 @@ from keras_vit.training.keras_internals import (
 
 PHILOX = 1  # TensorFlow's number of the generator, which counts in blocks of four values
 BLOCK = 4
+REDUCTIONS = ("sum_over_batch_size", "mean")  # of a loss: two names of one
 CPUINFO = pathlib.Path("/proc/cpuinfo")
 
 
@@ -76,7 +77,7 @@ class DistributedModel(StrategyModel):
 
         Args:
             optimizer: An optimizer or its name.
-            loss: As in Keras; a mean over the batch.
+            loss: As in Keras; a mean over the batch of a value for each image.
             micro_batches: Parts k >= 1 in which a replica goes through its part of a batch, one
                 after the other, before the one update: less memory for the same result. A last
                 batch that they do not divide goes in more and smaller parts.
@@ -91,9 +92,10 @@ class DistributedModel(StrategyModel):
 
         Raises:
             ValueError: `micro_batches` is not a positive int, `jit_compile` not a bool or "auto",
-                `keras.distribution` is set, or the optimizer was made outside of the strategy's
+                `keras.distribution` is set, the loss is no mean over the batch and there are
+                micro-batches or a strategy, or the optimizer was made outside of the strategy's
                 scope or has `gradient_accumulation_steps` or `ema_overwrite_frequency` under a
-                strategy.
+                strategy. In training, of a loss that gives one value for all images.
             TypeError: `mixing` cannot be called, or `seed` is not an int.
         """
         check_positive_int("micro_batches", micro_batches)
@@ -118,14 +120,26 @@ class DistributedModel(StrategyModel):
         self.jit_asked = jit_compile
         if jit_compile == "auto":
             jit_compile = _is_faster_with_xla(self)
-        self.xla = bool(jit_compile) and not run_eagerly
+        self.xla = bool(jit_compile) and not run_eagerly and self.supports_xla
         # Under a strategy, a replica's part of the step is compiled here instead of the whole.
         whole_step = self.xla and self.strategy is None
         super().compile(optimizer, loss, jit_compile=whole_step, run_eagerly=run_eagerly, **kwargs)
+        if micro_batches > 1 or self.strategy is not None:
+            for one in keras.tree.flatten(loss):
+                _check_reduction(one)
         if self.strategy is not None:
-            for inner in inner_optimizers(self.optimizer):
+            optimizers = inner_optimizers(self.optimizer)
+            if not optimizers:
+                raise ValueError(
+                    "Under a strategy, the optimizers of a MultiOptimizer must be in its "
+                    "OptimizerMap, where they are known before training begins. "
+                    f"Received: {self.optimizer!r} of a function."
+                )
+            for inner in optimizers:
                 _check_optimizer(inner, self.strategy)
             self.share_out()
+            if self.strategy.num_replicas_in_sync > 1:
+                self.check_losses()
 
     def get_compile_config(self):
         config = super().get_compile_config()
@@ -183,8 +197,7 @@ class DistributedModel(StrategyModel):
 
     def test_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        y_pred = self._compiled(self._infer)(x)
-        loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
+        y_pred, loss = self._compiled(self._infer_with_loss)(x, y, sample_weight)
         self.update_loss(loss, _count(x))
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
@@ -200,6 +213,10 @@ class DistributedModel(StrategyModel):
 
     def _infer(self, x):
         return self(x, training=False)
+
+    def _infer_with_loss(self, x, y, sample_weight):
+        y_pred = self._infer(x)  # whose layers may add to the loss
+        return y_pred, self.compute_loss(x, y, y_pred, sample_weight, training=False)
 
     def _compiled(self, function):
         """A part of the step, compiled for one replica and its variables."""
@@ -281,6 +298,15 @@ def cpu_multiplies_bfloat16():
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
+def _check_reduction(loss):
+    if isinstance(loss, keras.losses.Loss) and loss.reduction not in REDUCTIONS:
+        raise ValueError(
+            "With micro-batches or under a strategy, a loss must be a mean over the batch: "
+            f"reduction='sum_over_batch_size'. Received: {loss.name!r} with "
+            f"reduction={loss.reduction!r}."
+        )
+
+
 def _check_optimizer(optimizer, strategy):
     if creation_strategy(optimizer) is not strategy:
         raise ValueError(
@@ -343,7 +369,7 @@ def _place_in_batch(x):
     replica = tf.distribute.get_replica_context()
     index, replicas = replica.replica_id_in_sync_group, replica.num_replicas_in_sync
     count = _count(x)
-    if replicas == 1 or keras.tree.flatten(x)[0].shape[0] is not None:
+    if replicas == 1 or _rows_of_all(x) is not None:
         return tf.cast(index * count, tf.int64), None  # all parts have one size
     counts = replica.all_reduce("SUM", tf.one_hot(index, replicas) * tf.cast(count, tf.float32))
     first_row = tf.reduce_sum(tf.where(tf.range(replicas) < index, counts, 0))
@@ -370,6 +396,11 @@ def _map(function, *structures):
     )
 
 
+def _rows_of_all(x):
+    """The rows of every batch, or None where they may differ: run eagerly, each has its own."""
+    return None if tf.executing_eagerly() else keras.tree.flatten(x)[0].shape[0]
+
+
 def _count(x):
     return tf.shape(keras.tree.flatten(x)[0])[0]
 
@@ -380,7 +411,7 @@ def _number_of_parts(x, micro_batches):
     Parts of one size have one loop, and their mean is that of the batch. More parts than
     `micro_batches` are slower: where all batches have the same size, that is an error.
     """
-    rows = keras.tree.flatten(x)[0].shape[0]
+    rows = _rows_of_all(x)
     if rows is None:
         rows = tf.maximum(_count(x), 1)  # a replica may have no part in a last batch
         parts = tf.range(tf.minimum(micro_batches, rows), rows + 1)

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 from keras.src.losses.loss import unscale_loss_for_distribution
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
+from keras.src.trainers.trainer import model_supports_jit
 from tensorflow.python.data.ops import multi_device_iterator_ops
 
 from keras_vit.data.pipeline import untuned
@@ -29,12 +30,14 @@ ATTRIBUTES = {
     "keras.src.trainers.data_adapters.tf_dataset_adapter": ("TFDatasetAdapter",),
     "keras.src.backend.tensorflow.optimizer.TFOptimizer": ("_all_reduce_sum_gradients",),
     "keras.src.losses.loss": ("unscale_loss_for_distribution",),
+    "keras.src.trainers.trainer": ("model_supports_jit",),
     "tensorflow.python.data.ops": ("multi_device_iterator_ops",),
     "tensorflow.python.data.ops.multi_device_iterator_ops": ("_create_device_dataset",),
 }
 # The same, for what only instances have.
 INSTANCE_ATTRIBUTES = {
-    "model": ("_distribute_strategy", "_loss_tracker"),
+    "model": ("_compile_loss", "_distribute_strategy", "_loss_tracker"),
+    "compile_loss": ("_user_loss",),
     "layer": ("_seed_generators",),
     "optimizer": (
         "_distribution_strategy",
@@ -65,6 +68,20 @@ class StrategyModel(keras.Model):
     def update_loss(self, loss, count):
         """Gives the mean loss of `count` examples to the loss that `fit` reports."""
         self._loss_tracker.update_state(unscale_loss_for_distribution(loss), sample_weight=count)
+
+    @property
+    def supports_xla(self):
+        """Whether Keras lets XLA compile the model: some layers of preprocessing cannot be."""
+        return model_supports_jit(self)
+
+    def check_losses(self):
+        """Lets a loss that gives one value for all of its images say so, when it is called.
+
+        Keras would take the sum of these values over the replicas.
+        """
+        if self._compile_loss is not None:
+            losses = self._compile_loss._user_loss
+            self._compile_loss._user_loss = keras.tree.map_structure(_of_each_image, losses)
 
     def share_out(self):
         """Takes from Keras what it does wrong under the model's strategy.
@@ -148,11 +165,15 @@ class StrategyModel(keras.Model):
         values = tf.nest.flatten(logs)
         if self.strategy.num_replicas_in_sync > 1:
             # One vector: one reduction over the network for all.
-            stacked = self.strategy.run(
-                lambda *values: tf.stack([tf.cast(value, tf.float32) for value in values]),
+            flat = self.strategy.run(
+                lambda *values: tf.concat([tf.reshape(_float(v), [-1]) for v in values], axis=0),
                 args=values,
             )
-            values = tf.unstack(self.strategy.reduce("MEAN", stacked, axis=None), len(values))
+            shapes = [self.strategy.experimental_local_results(v)[0].shape for v in values]
+            parts = tf.split(
+                self.strategy.reduce("MEAN", flat, axis=None), [s.num_elements() for s in shapes]
+            )
+            values = [tf.reshape(part, s) for part, s in zip(parts, shapes, strict=True)]
         return tf.nest.pack_sequence_as(logs, values)
 
 
@@ -164,7 +185,7 @@ def inner_optimizers(optimizer):
 
 def batches_seen(optimizer):
     """How many batches an optimizer has taken; its `iterations` counts the updates."""
-    return inner_optimizers(optimizer)[0]._iterations
+    return getattr(optimizer, "inner_optimizer", optimizer)._iterations
 
 
 def creation_strategy(optimizer):
@@ -177,11 +198,45 @@ def weight_averages(optimizer):
     return [
         pair
         for inner in inner_optimizers(optimizer)
-        if inner.use_ema
+        if inner.use_ema and inner.built
         for pair in zip(
             inner._trainable_variables, inner._model_variables_moving_average, strict=True
         )
     ]
+
+
+def _float(value):
+    return tf.cast(value, tf.float32)
+
+
+def _of_each_image(loss):
+    """A loss as `compile` takes it, an error where its values are not of one image each."""
+    if not callable(loss):  # the name of one, of which all are of each image
+        return loss
+    loss = keras.losses.get(loss)
+    if isinstance(loss, keras.losses.Loss):
+        return _LossOfEachImage(loss)
+    return functools.wraps(loss)(functools.partial(_values_of_each_image, loss, loss.__name__))
+
+
+class _LossOfEachImage(keras.losses.Loss):
+    def __init__(self, loss):
+        super().__init__(loss.name, loss.reduction, loss.dtype)
+        self.loss = loss
+
+    def call(self, y_true, y_pred):
+        return _values_of_each_image(self.loss.call, self.name, y_true, y_pred)
+
+
+def _values_of_each_image(function, name, y_true, y_pred):
+    values = function(y_true, y_pred)
+    if len(values.shape) == 0:
+        raise ValueError(
+            "Under a strategy, a loss must give a value for each image, of shape (B,): of means "
+            f"over a replica's images, Keras would take the sum. Received: {name!r}, which gives "
+            "a scalar."
+        )
+    return values
 
 
 def _next_by_replica(stock):

@@ -35,7 +35,7 @@ class Recipe:
         layer_scale: As in `build_vit`.
         normalization: As in `build_vit`; a model gets one in any case, since the data are in
             [0, 255].
-        freeze_backbone: Whether the head alone is trained.
+        freeze_backbone: Whether the head alone is trained, then without dropout and DropPath.
         epochs: Passes over the training images.
         batch_size: Images per step, on all devices together; even with `mixup` or `cutmix`.
         micro_batches: Parts, at least 1, in which each device goes through its part of a batch,

@@ -161,11 +161,9 @@ def new_run_folder(folder, overwrite):
     old = _old_run(folder)
     if overwrite and old.exists():
         shutil.rmtree(old if _has_begun(folder) else folder, ignore_errors=True)
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         os.replace(folder, old)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # an empty one stays: it may be a mount
     diverged = False
     try:
         yield folder
