@@ -4,6 +4,7 @@ What needs the network or days of training gets a small stand-in, under the name
 gives it.
 """
 
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -21,6 +22,7 @@ from keras_vit import VARIANTS, ViTConfig, cli
 from keras_vit.export import export_tflite
 from keras_vit.training import RECIPES
 from keras_vit.training.building import build_model, model_arguments
+from keras_vit.training.recipes import named_recipe, parse_override
 from keras_vit.weights import loading
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -158,6 +160,13 @@ def test_command_is_one(line, tmp_path):
     command = typer.main.get_command(cli.app).commands[name]
     with command.make_context(name, arguments) as context:
         assert context.command is command
+        if name == "train":
+            settings = dict(map(parse_override, context.params["settings"] or ()))
+            dataclasses.replace(named_recipe(context.params["recipe"] or "photos"), **settings)
+
+
+def test_the_documents_have_commands():
+    assert len(list(commands())) > 20
 
 
 def test_no_placeholder_is_left():
