@@ -88,22 +88,18 @@ def _is_vit(model):
 
 
 def _own_layers(model):
-    """The names of the layers that `build_vit` made, without those of the head."""
+    """The names of the layers that `build_vit` made; another layer may have a name of its head."""
     blocks = {layer.name for layer in model.layers if isinstance(layer, TransformerBlock)}
     inputs = {layer.name for layer in model.layers if isinstance(layer, keras.layers.InputLayer)}
-    return _BACKBONE | blocks | inputs
-
-
-def _is_own_head(layer):
-    """Whether a layer may be of the head that `build_vit` makes; others may have its name."""
-    return isinstance(layer, keras.layers.Dense | keras.layers.Average)
+    dense = keras.layers.Dense | keras.layers.Average
+    head = {layer.name for layer in model.layers if isinstance(layer, dense)} & _HEAD
+    return _BACKBONE | blocks | inputs | head
 
 
 def _flat(model):
     """Of a model of `build_vit`, or one made from its outputs; None if it is something else."""
     layers = {layer.name: layer for layer in model.layers}
-    own = _own_layers(model) | {name for name in _HEAD if _is_own_head(layers.get(name))}
-    others = {operation.name for operation in model.operations} - own
+    others = {operation.name for operation in model.operations} - _own_layers(model)
     if "distillation_pooling" not in layers:
         if not others:
             return Deployment(model, fold(model))
@@ -121,7 +117,7 @@ def _flat(model):
 def _nested(model):
     """Of a model that has one of `build_vit` among its layers, or None."""
     vits = [layer for layer in model.layers if isinstance(layer, keras.Model) and _is_vit(layer)]
-    if len(vits) != 1 or {layer.name for layer in vits[0].layers} - _own_layers(vits[0]) - _HEAD:
+    if len(vits) != 1 or {layer.name for layer in vits[0].layers} - _own_layers(vits[0]):
         return None
     x, y, clone = _wired_anew(model, vits[0])
     return Deployment(

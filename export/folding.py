@@ -95,6 +95,7 @@ class DeployModel:
         centered: whether the mean of every token is 0.
         stream: what the tokens are divided by, channel by channel `(D,)`, or None; see `rescale`.
         float_norms: whether the norms compute in float.
+        float_weights: whether the weights stay in float, to be cut for a cache.
         last_gamma: what the last norm is multiplied by, channel by channel `(D,)`, or None.
         num_tokens: class and distillation tokens that are read, with pooling "token".
         norm_after_pooling: as in `build_vit`.
@@ -122,6 +123,7 @@ class DeployModel:
     centered: bool
     stream: np.ndarray | None
     float_norms: bool
+    float_weights: bool
     last_gamma: np.ndarray | None
     num_tokens: int
     norm_after_pooling: bool
@@ -183,6 +185,7 @@ def fold(model, head=True):
         centered=False,
         stream=None,
         float_norms=True,
+        float_weights=False,
         last_gamma=None,
         norm_after_pooling=arguments["norm_after_pooling"],
         **ending,

@@ -35,8 +35,10 @@ def as_float32(model):
         copy = keras.models.clone_model(model, clone_function=_clone_in_float32)
     finally:
         keras.config.set_dtype_policy(policy)
-    # Through a file, as Keras does it: what a layer computes of its weights is made anew, of a
-    # Normalization its mean, say, and those of LoRA are merged.
+    if len(copy.weights) == len(model.weights):  # LoRA has more
+        copy.set_weights([weight.astype("float32") for weight in model.get_weights()])
+    # Through a file, too: there Keras makes anew what a layer computes of its weights, of a
+    # Normalization its mean, say, and merges those of LoRA.
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/copy.weights.h5"
         model.save_weights(path)

@@ -17,13 +17,17 @@ from .metadata import check_class_names
 from .precision import as_float32
 from .report import ExportReport, TensorInfo
 
-# The layers of `build_vit` that may be the last one of a model without a head.
-_FEATURES = ("pooling", "pooled_norm", "pre_logits", "average")
-# What may stand before the normalisation, beside the random layers of preprocessing.
+# What may stand before the normalisation, beside the layers named Random...
 _KEEP_THE_RANGE = (
     keras.layers.InputLayer,
     keras.layers.Identity,
     keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.RandAugment,
+    keras.layers.AugMix,
+    keras.layers.MixUp,
+    keras.layers.CutMix,
     keras.layers.Resizing,
     keras.layers.CenterCrop,
     keras.layers.Cropping2D,
@@ -54,9 +58,9 @@ def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
     name, probability = best["classes"][0, 0], best["probabilities"][0, 0]
     ```
 
-    Left out is `serve_bytes` of a model without a head, and of one that does not normalise RGB
-    pixels in [0, 255] itself, by a `Rescaling` as `build_vit(normalization=...)` makes: what its
-    images are is not known. Left out is `features` where there is no such layer.
+    Left out is `serve_bytes` of a model without a head or of one output, and of one that does not
+    normalise RGB pixels in [0, 255] itself, by a `Rescaling` as `build_vit(normalization=...)`
+    makes: what its images are is not known. Left out is `features` where there is no such layer.
 
     Args:
         model: functional `keras.Model`, images (B, H, W, C) -> logits (B, classes); after a
@@ -124,7 +128,8 @@ def _quiet_tensorflow():
 def _endpoints(model, labels, top):
     """The signatures that a float32 model can answer, as `write_endpoints` takes them."""
     endpoints = {"serving_default": _logits_endpoint(model)}
-    if takes_pixels(model) and not _is_headless(model):
+    several = model.outputs[0].shape[-1] > 1  # of one, a softmax is always 1
+    if takes_pixels(model) and several and not _is_headless(model):
         endpoints["serve_bytes"] = _bytes_endpoint(model, labels, top)
     extractor = _feature_extractor(model)
     if extractor is not None:
@@ -155,8 +160,7 @@ def _bytes_endpoint(model, labels, top):
         with tf.device("CPU:0"):  # a GPU would get each byte that is looked at on its own
             images = tf.map_fn(read, encoded, fn_output_signature=pixels)
         scores = tf.cast(model(tf.cast(images, tf.float32), training=False), tf.float32)
-        is_probability = _last_activation(model) in ("softmax", "sigmoid")
-        probabilities = scores if is_probability else tf.nn.softmax(scores)
+        probabilities = tf.nn.softmax(scores) if gives_logits(model) else scores
         probabilities, indices = tf.math.top_k(probabilities, k=min(top, classes))
         return {
             "probabilities": probabilities,
@@ -200,6 +204,18 @@ def normalizes(model):
     return False
 
 
+def check_pixels(name, images, model):
+    """ValueError for images in [0, 1] where a model takes [0, 255].
+
+    Trained with them, it may even be right; but a phone feeds its file what the metadata say.
+    """
+    if normalizes(model) and 0 < images.max() <= 1:
+        raise ValueError(
+            f"`{name}` must be in [0, 255]: the model normalises its images itself. Received: "
+            f"values up to {images.max():.3g}."
+        )
+
+
 def _operations(model):
     """The layers and the functions of keras.ops of a model and of those within it, in order."""
     for operation in getattr(model, "operations", model.layers):
@@ -211,19 +227,23 @@ def _operations(model):
 
 def _keeps_the_range(operation):
     """Whether the pixels behind a layer are in the range of those before it."""
-    is_random = isinstance(operation, keras.layers.Layer) and (
-        type(operation).__name__.startswith("Random") and not operation.weights
-    )
-    return is_random or isinstance(operation, _KEEP_THE_RANGE)
+    name = type(operation).__name__
+    is_random = name.startswith("Random") and isinstance(operation, keras.layers.Layer)
+    return is_random or name == "Cast" or isinstance(operation, _KEEP_THE_RANGE)
 
 
 def ends_in_softmax(model):
-    """Whether a model gives probabilities rather than logits."""
+    """Whether a model gives the probabilities of its classes rather than logits."""
     return _last_activation(model) == "softmax"
 
 
+def gives_logits(model):
+    """Whether a model ends neither in a softmax nor, a yes or no to each class, in a sigmoid."""
+    return _last_activation(model) is None
+
+
 def _last_activation(model):
-    """The name of the activation behind a model's outputs, or None."""
+    """ "softmax" or "sigmoid", if a model's outputs are of one, or None."""
     for operation in reversed(list(_operations(model))):
         kind = type(operation).__name__.lower()  # of a layer, or of a function of keras.ops
         if kind in ("softmax", "sigmoid"):
@@ -253,9 +273,9 @@ def _heads(model):
 
 def _is_headless(model):
     """Whether this is a `build_vit` model whose output is its features."""
-    if _heads(model) or not any(isinstance(layer, PatchEncoder) for layer in model.layers):
-        return False
-    return list(_operations(model))[-1].name in _FEATURES
+    is_vit = any(isinstance(layer, PatchEncoder) for layer in model.layers)
+    dense = [each for each in _operations(model) if isinstance(each, keras.layers.Dense)]
+    return is_vit and all(layer.name == "pre_logits" for layer in dense)
 
 
 def _feature_extractor(model):

@@ -23,8 +23,10 @@ from .report import ExportReport, describe_tflite
 from .saved_model import (
     check_labels,
     check_model,
+    check_pixels,
     check_target,
     ends_in_softmax,
+    gives_logits,
     normalizes,
     write_endpoints,
 )
@@ -111,11 +113,11 @@ def export_tflite(
             `held_out` are not integers.
         ValueError: if `mode` or `activation` is unknown, `path` has another suffix or exists, the
             model has several inputs or outputs, sizes that are not static, quantized weights or
-            2 GiB of weights, the
-            number of `labels` is not the number of classes, the calibration images are missing,
-            of another shape or not finite, `io_dtype` does not go with the mode, `held_out` is
-            missing or does not fit the model, `min_agreement` is not in [0, 1], or no choice of
-            layers holds it and `max_drop`.
+            2 GiB of them, the number of `labels` is not the number of classes, the calibration
+            images are missing, of another shape, not finite, or in [0, 1] where the model takes
+            [0, 255], `io_dtype` does not go with the mode, `held_out` is missing or does not fit
+            the model, `min_agreement` is not in [0, 1], or no choice of layers holds it and
+            `max_drop`.
         RuntimeError: if the conversion fails.
         OSError: if the disk is full, say. What was at `path` is still there, whatever fails.
     """
@@ -126,9 +128,9 @@ def export_tflite(
             f'`activation` must be None or "softmax". Received: activation={activation!r}.'
         )
     check_model(model)
-    if activation is not None and ends_in_softmax(model):
+    if activation is not None and not gives_logits(model):
         raise ValueError(
-            "`activation` must be None for a model that ends in a softmax. Received: "
+            "`activation` must be None for a model that ends in a softmax or sigmoid. Received: "
             f"activation={activation!r}."
         )
     if quantized := sorted({w.dtype for w in model.weights} & {"int8", "uint8"}):
@@ -152,6 +154,9 @@ def export_tflite(
     _check_io_dtype(io_dtype, mode)
     arrays = {"images": _calibration_images(calibration, mode, model.inputs[0].shape[1:])}
     arrays |= _held_out(held_out, max_drop, mode, model)
+    for name, key in (("calibration", "images"), ("held_out", "held_out")):
+        if arrays.get(key) is not None:
+            check_pixels(name, arrays[key], model)
     if min_agreement is not None and (max_drop is None or not 0 <= min_agreement <= 1):
         raise ValueError(
             "`min_agreement` must be in [0, 1], and goes with `max_drop`. Received: "
@@ -267,12 +272,13 @@ def _for_mode(deployment, mode, images):
                 f"Received: {deployment.model.name!r}: {deployment.note}."
             )
         return deployment
-    if mode == "fp16":
-        shape = deployment.model.inputs[0].shape[1:]
-        noise = np.random.default_rng(0).uniform(0, 255, (4, *shape)).astype("float32")
-        return dataclasses.replace(
-            deployment, vit=fit_float16(deployment.vit, deployment.vit_inputs(noise))
-        )
+    if mode in ("fp32", "fp16"):
+        vit = deployment.vit
+        if mode == "fp16":
+            shape = deployment.model.inputs[0].shape[1:]
+            noise = np.random.default_rng(0).uniform(0, 255, (4, *shape)).astype("float32")
+            vit = fit_float16(vit, deployment.vit_inputs(noise))
+        return dataclasses.replace(deployment, vit=dataclasses.replace(vit, float_weights=True))
     if mode in _EQUALIZED_MODES and images is not None:
         inputs = np.asarray(deployment.vit_inputs(images))
         vit = dataclasses.replace(deployment.vit, float_norms=mode not in NPU_MODES)

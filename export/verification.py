@@ -25,6 +25,7 @@ from .report import (
     three_digits,
     write_new_text,
 )
+from .saved_model import check_pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,13 +312,15 @@ def verify(
     Raises:
         TypeError: if `images` or `labels` have another dtype.
         ValueError: if there are no files, a path is missing or of another kind, `exports` names
-            another file, or the shapes of images, labels, files and model do not fit each
-            other.
+            another file, the shapes of images, labels, files and model do not fit each other, or
+            the images are in [0, 1] where the model takes [0, 255].
     """
     images = _check_images(images)
     paths = {name: _check_path(path) for name, path in dict(files).items()}
     if not paths:
         raise ValueError(f"`files` must map names to paths. Received: files={files!r}.")
+    if isinstance(model, keras.Model):
+        check_pixels("images", images, model)
     exports = dict(exports or {})
     if unknown := sorted(exports.keys() - paths.keys()):
         raise ValueError(f"`exports` must be of names of {sorted(paths)}. Received: {unknown}.")

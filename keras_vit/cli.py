@@ -540,7 +540,15 @@ def export(
             min_agreement=None if max_drop is None else min_agreement,
         )
         files = {name: report.path for name, report in reports.items()}
-        result = verify(model, files, held_out, labels, limits=limits, exports=reports)
+        result = verify(
+            model,
+            files,
+            held_out,
+            labels,
+            limits=limits,
+            batch_size=min(32, run.images_at_once),
+            exports=reports,
+        )
         result = result.relative_to(folder)
         Console().print(result.table())
         result.check()

@@ -308,7 +308,7 @@ def test_layers_are_chosen_by_other_images_than_those_of_the_check(
         asked.update(options, modes=modes)
         return {"int8_full": types.SimpleNamespace(path=folder / "x.tflite")}
 
-    def verify(model, files, images, labels, *, limits, exports):
+    def verify(model, files, images, labels, *, limits, batch_size, exports):
         asked.update(checked=images, checked_labels=labels, limits=limits)
         raise Verified
 

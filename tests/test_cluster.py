@@ -664,7 +664,11 @@ def slurm_job(tmp_path):
     for command in ("srun", "scontrol"):
         path = tmp_path / "bin" / command
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/bash\necho {command} "$@"\nexit "${{{command}_status:-0}}"\n')
+        path.write_text(
+            f'#!/bin/bash\necho {command} "$@"\n'
+            'if [ -n "$run_is" ]; then echo "\\"status\\": \\"$run_is\\"" > "$RUN/run.json"; fi\n'
+            f'exit "${{{command}_status:-0}}"\n'
+        )
         path.chmod(0o755)
 
     def run(**environ):
@@ -690,11 +694,11 @@ def test_slurm_job(slurm_job, tmp_path):
     srun = "srun --kill-on-bad-exit=1 --cpus-per-task=6 keras-vit train"
     first = f"{srun} --data digits --out {tmp_path / 'run'} --strategy multiworker"
     again = f"{srun} --resume {tmp_path / 'run'} --strategy multiworker"
-    assert slurm_job(DATA="digits") == (0, [first])
     (tmp_path / "run").mkdir()
-    assert slurm_job(DATA="digits") == (0, [first])
-    (tmp_path / "run" / "run.json").touch()
-    assert slurm_job() == (0, [again])
+    assert slurm_job(DATA="digits", run_is="finished") == (0, [first])
+    assert slurm_job(run_is="finished") == (0, [again])
+    # Told to stop, which is no error.
+    assert slurm_job(run_is="interrupted") == (0, [again, "scontrol requeue 77"])
     assert slurm_job(srun_status="1") == (1, [again, "scontrol requeue 77"])
     requeued = {"SLURM_RESTART_COUNT": "2", "srun_status": "1"}
     assert slurm_job(**requeued) == (1, [again, "scontrol requeue 77"])

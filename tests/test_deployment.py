@@ -11,6 +11,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 import keras_vit
 from keras_vit import export
+from keras_vit.export import graph
 from keras_vit.export.benchmark import describe_graph
 from keras_vit.export.deployment import deploy
 from keras_vit.export.equalization import equalize, fit_float16, output_ranges, rescale
@@ -100,6 +101,31 @@ def test_deploy_graph_equals_keras(name, num_classes):
         rescaled = rescale(vit, c)
         np.testing.assert_allclose(rescaled.positions * c, vit.positions)
         assert_alike(outputs_of(rescaled, images), expected, 3e-5)
+
+
+@pytest.mark.parametrize("name", ["token", "mean", "no bias", "wide heads", "distillation"])
+def test_pieces_of_a_cache_are_the_whole(name, monkeypatch):
+    """Products whose weights are cut, with a last piece that is smaller."""
+    monkeypatch.setattr(graph, "CACHE", 1200)
+    monkeypatch.setattr(graph, "LANES", 8)
+    model = build(**OPTIONS[name])
+    vit = dataclasses.replace(fold(model), float_weights=True)
+    images, seen = random_images(2), []
+    forward(vit, images[:1], lambda name, y: seen.append((name, y.shape[-1])))
+    inner = 60 if name == "wide heads" else 48
+    expected = [(part, inner) for part in ("q", "k", "v")] + [("proj", 48)]
+    for width in (24, 24, 24, 8):  # of 80
+        expected += [("fc1", width), ("fc2", 48)]
+    block = [(layer.split("/")[1], width) for layer, width in seen if layer.startswith("block_0")]
+    assert block == expected
+    assert_alike(outputs_of(vit, images), np.asarray(model(images)))
+
+
+def test_small_models_are_in_one_piece():
+    vit = dataclasses.replace(fold(build()), float_weights=True)
+    names = []
+    forward(vit, random_images(1), lambda name, y: names.append(name))
+    assert names.count("block_1/fc1") == names.count("block_1/qkv") == 1
 
 
 def test_tokens_of_the_stream_have_no_mean():
@@ -290,6 +316,10 @@ def test_models_around_a_vit_get_the_deploy_graph(make, tmp_path):
     assert describe_graph(path).partitions == 1
 
 
+def nested_head_of_layers():
+    return keras.Sequential([keras.Input((*SIZE, 3)), head_of_layers()])
+
+
 def plain_model():
     images = keras.Input((*SIZE, 3))
     x = keras.layers.Conv2D(6, 3)(images)
@@ -330,6 +360,7 @@ def changed_pixels():
     ("make", "note"),
     [
         (plain_model, "no model of build_vit was found"),
+        (nested_head_of_layers, "no model of build_vit was found"),
         (read_tokens, "no model of build_vit was found"),
         (one_head_of_two, "no model of build_vit was found"),
         (both_tokens_side_by_side, "no model of build_vit was found"),

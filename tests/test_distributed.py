@@ -452,7 +452,13 @@ class SquaredError(keras.losses.Loss):
         return squared_error(labels, outputs)
 
 
-@pytest.mark.parametrize("loss", [squared_error, SquaredError()], ids=["function", "class"])
+PARTIAL = functools.partial(squared_error)
+PARTIAL.__name__ = "squared_error"
+
+
+@pytest.mark.parametrize(
+    "loss", [squared_error, PARTIAL, SquaredError()], ids=["function", "partial", "class"]
+)
 def test_a_loss_must_give_a_value_for_each_image(loss):
     """Keras would take the sum of the replicas' means: a learning rate as often as large."""
     with scope(mirrored(2)):
@@ -584,6 +590,8 @@ def test_no_xla_for_layers_that_it_cannot_compile():
         )
         assert not model.xla
     model.fit(batches(), verbose=0)
+    with pytest.warns(UserWarning, match="layers that XLA cannot compile"):
+        compiled(DistributedModel, 2, OPTIMIZERS["sgd"], build=build, jit_compile=True)
 
 
 @pytest.mark.parametrize("weights", ["sample_weight", "class_weight"])

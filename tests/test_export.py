@@ -260,6 +260,17 @@ def test_as_float32_copies_what_layers_compute_of_their_weights(policy):
     np.testing.assert_allclose(*(np.asarray(mean, "float32") for mean in means), rtol=5e-3)
 
 
+def test_images_of_another_range_are_refused(tmp_path, files):
+    """Where file and model would agree, and a phone feeds something else."""
+    model, images = build(), random_images(8).astype("float32") / 255
+    match = r"must be in \[0, 255\].*values up to (1|0\.9)"
+    with pytest.raises(ValueError, match=f"`calibration` {match}"):
+        export.export_tflite(model, tmp_path / "a.tflite", mode="int8_mixed", calibration=images)
+    with pytest.raises(ValueError, match=f"`images` {match}"):
+        export.verify(model, {"fp32": files["fp32"]}, images)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_quantized_models_are_refused(tmp_path):
     model = build()
     model.quantize("int8")

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import types
+import warnings
 
 import keras
 import numpy as np
@@ -37,7 +38,7 @@ from keras_vit.training.callbacks import BestModel, Checkpoints
 from keras_vit.training.checkpoints import load_state, restore_state, save_state, state_variables
 from keras_vit.training.fitting import lost_workers
 from keras_vit.training.losses import build_loss
-from keras_vit.training.trainer import _check_batch, _check_same_data, _fit_batch
+from keras_vit.training.trainer import _check_average, _check_batch, _check_same_data, _fit_batch
 from keras_vit.weights import save_checkpoint
 
 CONFIG = ViTConfig(hidden_dim=8, depth=1, num_heads=2, mlp_dim=12, patch_size=4)
@@ -163,6 +164,15 @@ def assert_same(run, expected):
 
 
 # The same result.
+
+
+def test_averages_over_more_steps_than_there_are():
+    with pytest.warns(UserWarning, match=r"After the 750 steps.*93%.*ema=0.9999; take 0.99, say"):
+        _check_average(dataclasses.replace(EVERYTHING, ema=0.9999), 750)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _check_average(EVERYTHING, 20)
+        _check_average(dataclasses.replace(EVERYTHING, ema=None), 1)
 
 
 def test_the_averages_are_validated_and_kept(uninterrupted):

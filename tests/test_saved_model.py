@@ -454,7 +454,7 @@ def test_no_softmax_comes_after_one(tmp_path, softmax):
         best = served(contents)["probabilities"]
         expected = np.sort(model.predict(image[None].astype("float32"), verbose=0))[:, :-4:-1]
         np.testing.assert_allclose(best, expected, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"must be None for a model that ends in a softmax"):
+    with pytest.raises(ValueError, match=r"must be None for a model that ends in a softmax or"):
         export.export_tflite(model, tmp_path / "vit.tflite", mode="fp32", activation="softmax")
 
 
@@ -518,8 +518,17 @@ def scaled_by_a_function():
 
 
 def augmented():
-    flip, drop = keras.layers.RandomFlip(), keras.layers.Dropout(0.1)
-    return keras.Sequential([keras.Input(IMAGE_SHAPE), flip, drop, build()])
+    layers = [keras.layers.RandomFlip(), keras.layers.RandAugment(), keras.layers.Dropout(0.1)]
+    return keras.Sequential([keras.Input(IMAGE_SHAPE), *layers, build()])
+
+
+def normalized_features():
+    vit = build(num_classes=0)
+    return keras.Model(vit.input, keras.layers.UnitNormalization()(vit.output))
+
+
+def of_one_output():
+    return build(num_classes=1)
 
 
 def called_by_name():
@@ -534,6 +543,8 @@ def called_by_name():
         (scaled_by_an_operation, set()),
         (scaled_by_a_function, set()),
         (augmented, {"serve_bytes"}),
+        (normalized_features, {"features"}),
+        (of_one_output, {"features"}),
         (called_by_name, {"serve_bytes", "features"}),
     ],
 )

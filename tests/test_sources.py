@@ -109,6 +109,12 @@ def test_missing_local_paths_are_named(path):
         local_path(path)
 
 
+def test_addresses_of_the_hubs_pages():
+    path = "https://huggingface.co/google/vit-base-patch16-224/blob/main/model.safetensors"
+    with pytest.raises(ValueError, match=rf"hf://owner/name.*path='{path}'"):
+        local_path(path)
+
+
 @pytest.mark.parametrize("path", ["gs://vit_models/a.npz", "http://a.b/c.npz", "HF://a/b"])
 def test_other_schemes_are_refused(path):
     with pytest.raises(ValueError, match=rf"https://storage.googleapis.com/.*path='{path}'"):
@@ -457,7 +463,7 @@ def test_the_cache_serves_without_the_hub(hub, file):
         ("hf://owner/other", "no such repository, or it is private"),
         ("hf://owner/name@v3", "no such branch, tag or commit"),
         ("hf://owner/name/b.npz", "has no such file"),
-        ("hf://owner/name", r"has no model.safetensors, .* or .npz file"),
+        ("hf://owner/name", r"has no model.safetensors, .* or .npz file at its top"),
         ("hf://owner/name..git", r"cannot be the name of a repository: "),
         ("hf://name", r"must be hf://owner/name\[@revision\]\[/file\]"),
         ("hf://owner@v2/name", "must be hf://owner/name"),

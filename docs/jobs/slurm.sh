@@ -19,9 +19,13 @@ else
   WHAT=(--data "$DATA" --out "$RUN")
 fi
 
-# Slurm itself requeues after the failure of a node; the last line does after that of a task,
-# three times at most, so that a mistake in the command line does not run for ever.
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-  keras-vit train "${WHAT[@]}" --strategy multiworker && exit
+# Slurm itself requeues after the failure of a node. Below, the job is after that of a task, three
+# times at most, so that a mistake in the command line does not run for ever, and where it was told
+# to stop (preempted, or by --signal), which is no error.
+if srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+  keras-vit train "${WHAT[@]}" --strategy multiworker; then
+  grep -qs '"status": "finished"' "$RUN/run.json" || scontrol requeue "$SLURM_JOB_ID"
+  exit
+fi
 [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ] && scontrol requeue "$SLURM_JOB_ID"
 exit 1

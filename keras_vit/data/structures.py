@@ -13,10 +13,12 @@ import tensorflow as tf
 # What folders and files are called, and the split that they are.
 SPLIT_NAMES = {
     "train": "train",
+    "training": "train",
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
     "test": "test",
+    "testing": "test",
 }
 
 # The part of an image to read: (height, width) of the whole -> (y, x, height, width) of the part,

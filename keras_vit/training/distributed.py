@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import warnings
 
 import keras
 import tensorflow as tf
@@ -86,16 +87,18 @@ class DistributedModel(StrategyModel):
             seed: Seed of the mixing, an int.
             jit_compile: Whether XLA compiles the step; "auto": yes, also on CPUs and under a
                 strategy, where Keras does not; no in bfloat16 on a CPU with AVX512-BF16 or
-                AMX-BF16, whose instructions XLA does not use.
+                AMX-BF16, whose instructions XLA does not use. Never with layers that XLA cannot
+                compile, such as `keras.layers.RandomRotation`.
             run_eagerly: As in Keras.
             **kwargs: As in Keras.
 
         Raises:
             ValueError: `micro_batches` is not a positive int, `jit_compile` not a bool or "auto",
-                `keras.distribution` is set, the loss is no mean over the batch and there are
-                micro-batches or a strategy, or the optimizer was made outside of the strategy's
-                scope or has `gradient_accumulation_steps` or `ema_overwrite_frequency` under a
-                strategy. In training, of a loss that gives one value for all images.
+                `keras.distribution` is set, or the loss is no mean over the batch and there are
+                micro-batches or a strategy. Under a strategy, the optimizer was made outside of
+                its scope, has `gradient_accumulation_steps` or `ema_overwrite_frequency`, or is a
+                `MultiOptimizer` of a function; and, from `fit` on several replicas, the loss gives
+                one value for all images.
             TypeError: `mixing` cannot be called, or `seed` is not an int.
         """
         check_positive_int("micro_batches", micro_batches)
@@ -121,6 +124,8 @@ class DistributedModel(StrategyModel):
         if jit_compile == "auto":
             jit_compile = _is_faster_with_xla(self)
         self.xla = bool(jit_compile) and not run_eagerly and self.supports_xla
+        if self.jit_asked is True and not self.supports_xla:
+            warnings.warn("The model has layers that XLA cannot compile.", stacklevel=2)
         # Under a strategy, a replica's part of the step is compiled here instead of the whole.
         whole_step = self.xla and self.strategy is None
         super().compile(optimizer, loss, jit_compile=whole_step, run_eagerly=run_eagerly, **kwargs)

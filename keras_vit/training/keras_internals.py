@@ -211,12 +211,14 @@ def _float(value):
 
 def _of_each_image(loss):
     """A loss as `compile` takes it, an error where its values are not of one image each."""
-    if not callable(loss):  # the name of one, of which all are of each image
+    if not callable(loss):  # a name: Keras' own losses give a value for each image
         return loss
     loss = keras.losses.get(loss)
-    if isinstance(loss, keras.losses.Loss):
-        return _LossOfEachImage(loss)
-    return functools.wraps(loss)(functools.partial(_values_of_each_image, loss, loss.__name__))
+    if not isinstance(loss, keras.losses.Loss):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        return functools.wraps(loss)(functools.partial(_values_of_each_image, loss, name))
+    has_own_call = type(loss).__call__ is not keras.losses.Loss.__call__
+    return loss if has_own_call else _LossOfEachImage(loss)
 
 
 class _LossOfEachImage(keras.losses.Loss):

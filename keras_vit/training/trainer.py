@@ -104,6 +104,9 @@ def train(
         TrainingInterrupted: SIGTERM or Ctrl-C came; `resume` continues.
         RuntimeError: Another worker was lost; `resume` continues.
 
+    Warns:
+        UserWarning: The average of the weights (`ema`) is over more steps than there are.
+
     Source: fine-tuning as in the paper (arXiv 2010.11929, Sections 3.2 and B.1.1): the whole head
     of pre-training is left out, `pre_logits` too, and positions are interpolated.
     """
@@ -125,6 +128,7 @@ def train(
     recipe = resolve_recipe(recipe, data.image_size, overrides, weights)
     recipe = _fit_batch(recipe, data.train.count, console)
     _check_batch(recipe, workers.replicas)
+    _check_average(recipe, recipe.epochs * steps_per_epoch(recipe, data))
     options = {
         "precision": precision,
         "jit_compile": jit_compile,
@@ -353,6 +357,18 @@ def _fit_batch(recipe, images, console):
         f"{fitting:,}"
     )
     return dataclasses.replace(recipe, batch_size=fitting)
+
+
+def _check_average(recipe, steps):
+    """Warns of an average of the weights that would be of the initial ones above all."""
+    left = 0 if recipe.ema is None else recipe.ema**steps
+    if left > 0.2:
+        warnings.warn(
+            f"After the {steps:,} steps of the training, {left:.0%} of the averaged weights, which "
+            f"are evaluated and kept, would be the initial ones. Received: ema={recipe.ema}; take "
+            f"{max(0.5, 1 - 10 / steps):.2g}, say.",
+            stacklevel=3,
+        )
 
 
 def _check_batch(recipe, replicas):

@@ -133,8 +133,9 @@ def load_weights(model, path, *, interpolation=None):
     heads = _usual_heads(checkpoint, family, arguments["image_size"])
     if heads not in (None, arguments["variant"].num_heads):
         warnings.warn(
-            f"{checkpoint.path} does not say its head count. Models of its width have "
-            f"num_heads={heads}, and the model has num_heads={arguments['variant'].num_heads}.",
+            f"{checkpoint.path} does not say its head count: `from_checkpoint` would take "
+            f"num_heads={heads}, and the model has num_heads={arguments['variant'].num_heads}. "
+            "With another one than the file's it computes something else.",
             stacklevel=2,
         )
     for name, (ours, theirs) in _differences(arguments, description).items():
@@ -157,8 +158,9 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
         A new model with the other weights as they are, frozen where the model's are.
 
     Raises:
-        ValueError: `model` is not of `build_vit`, or has other layers too, a head with an
-            activation, or quantized or LoRA weights; or the size does not divide into patches.
+        ValueError: `model` is not of `build_vit`, or has other layers too, another head than
+            `build_vit` makes, or quantized or LoRA weights; or the size does not divide into
+            patches.
     """
     check_whole(model)
     arguments = vit_arguments(model)
@@ -170,10 +172,10 @@ def resize_model(model, image_size, *, interpolation="antialiased_bicubic"):
     finally:
         keras.config.set_dtype_policy(policy)
     old_weights = weights_by_path(model)
-    if added := sorted(set(old_weights) ^ set(weights_by_path(new))):
+    if different := sorted(set(old_weights) ^ set(weights_by_path(new))):
         raise ValueError(
             "`model` must be as `build_vit` makes it, neither quantized nor with LoRA. "
-            f"Received: a model with weights of its own, {listed(added)}."
+            f"Received: a model with other weights, {listed(different)}."
         )
     for name, weight in weights_by_path(new).items():
         value = keras.ops.convert_to_numpy(old_weights[name].value)

@@ -67,6 +67,11 @@ def local_path(path):
         return _existing(path)
     if scheme == "hf":
         return _from_hub(path)
+    if str(path).startswith("https://huggingface.co/"):
+        raise ValueError(
+            "The Hugging Face hub is asked by hf://owner/name[@revision][/file], which brings the "
+            f"configuration along. Received: path={path!r}."
+        )
     if scheme == "https":
         return download(path)
     raise ValueError(
@@ -112,16 +117,17 @@ def _hub_folder(address, repo, revision):
     folder = _hub_snapshot(address, repo, revision, [*_HUB_CONFIGS, *weights], [_HUB_SHARDS])
     if any((folder / name).is_file() for name in weights):
         return folder
-    folder = _hub_snapshot(address, repo, revision, _HUB_CONFIGS, ["*.npz"])
+    folder = _hub_snapshot(address, repo, revision, _HUB_CONFIGS, ["*.npz"], ["*/*.npz"])
     if not any(folder.glob("*.npz")):
         raise ValueError(
-            f"The repository has no {_HUB_SINGLE}, {_HUB_INDEX} or .npz file. If its weights are "
-            f"named otherwise, name the file: hf://owner/name/file. Received: path={address!r}."
+            f"The repository has no {_HUB_SINGLE}, {_HUB_INDEX} or .npz file at its top. If its "
+            "weights are elsewhere, name the file: hf://owner/name/file. "
+            f"Received: path={address!r}."
         )
     return folder
 
 
-def _hub_snapshot(address, repo, revision, names, patterns=()):
+def _hub_snapshot(address, repo, revision, names, patterns=(), ignored=()):
     """Downloads the named files that the repository has; the cached ones if the hub is away."""
     try:
         import huggingface_hub
@@ -132,7 +138,9 @@ def _hub_snapshot(address, repo, revision, names, patterns=()):
         ) from error
     allowed = [*map(glob.escape, names), *patterns]
     try:
-        folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=allowed)
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=allowed, ignore_patterns=list(ignored)
+        )
     except Exception as error:  # its HTTP library's own errors differ between releases
         raise ValueError(f"{_hub_problem(error)} Received: path={address!r}.") from error
     return pathlib.Path(folder)
