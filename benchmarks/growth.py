@@ -7,8 +7,8 @@ what grows: its forward pass and training step as in speed.py, and its fp32 `.tf
 1, loaded anew). Beside the exponent p of x^p that fits best stands that of theory over the same
 points: for time, of the multiplications; for memory, of the bytes that must be kept. Each of the
 three is a process of its own, and in TensorFlow another one tells its memory: what one call takes
-beyond what the process held before it, not the weights of a model in TensorFlow, but those of a
-file, which each call loads.
+beyond what the process held before it. That includes the weights of a file, which each call loads,
+but not those of a model in TensorFlow.
 
 Micro-batches: a training step of 64 images in k parts, and of 8 k images in k parts.
 """
@@ -182,7 +182,7 @@ def measured_series(kind, grown, quick):
     cases = []
     for _, own in grown:
         cases += [case for case in own if case not in cases]
-    cases.sort(key=lambda case: kept(case, kind))  # what memory ends, ends no smaller one
+    cases.sort(key=lambda case: kept(case, kind))  # the largest last: memory may end the process
     # A file gives back what it takes: its process tells both. A quick run does with less.
     measure = compare_with_memory if kind in IN_TENSORFLOW and not quick else compare
     contenders = {kind: Contender(contender, None, PACKAGES, {"kind": kind})}

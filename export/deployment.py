@@ -91,8 +91,8 @@ def _own_layers(model):
     """The names of the layers that `build_vit` made; another layer may have a name of its head."""
     blocks = {layer.name for layer in model.layers if isinstance(layer, TransformerBlock)}
     inputs = {layer.name for layer in model.layers if isinstance(layer, keras.layers.InputLayer)}
-    dense = keras.layers.Dense | keras.layers.Average
-    head = {layer.name for layer in model.layers if isinstance(layer, dense)} & _HEAD
+    kinds = keras.layers.Dense | keras.layers.Average
+    head = {layer.name for layer in model.layers if isinstance(layer, kinds)} & _HEAD
     return _BACKBONE | blocks | inputs | head
 
 

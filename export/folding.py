@@ -95,7 +95,7 @@ class DeployModel:
         centered: whether the mean of every token is 0.
         stream: what the tokens are divided by, channel by channel `(D,)`, or None; see `rescale`.
         float_norms: whether the norms compute in float.
-        float_weights: whether the weights stay in float, to be cut for a cache.
+        float_weights: whether the weights stay in float32, and are cut for the cache of a CPU.
         last_gamma: what the last norm is multiplied by, channel by channel `(D,)`, or None.
         num_tokens: class and distillation tokens that are read, with pooling "token".
         norm_after_pooling: as in `build_vit`.

@@ -11,8 +11,8 @@ import tensorflow as tf
 
 from .folding import Dense
 
-# The float32 weights of a product, 0.6 MB: they are read once for every few tokens, from further
-# away where the cache of a core does not hold them (S/16: a tenth of the time).
+# The largest number of weights of a layer of the MLP, 0.6 MB in float32; qkv is cut in three above
+# it. A product reads its weights again for every few tokens, slowly from beyond a core's cache.
 CACHE = 150_000
 LANES = 64  # the outputs of a piece are a multiple
 
@@ -28,7 +28,8 @@ def forward(vit, images, observe=_ignore):
         vit: a `DeployModel`.
         images: float32 tensor (1, H, W, C).
         observe: function (name, y) that is called with the output y `(..., M)` of every dense
-            layer, such as "block_3/fc1", and with the pooled "features".
+            layer, such as "block_3/fc1", and with the pooled "features"; of the pieces of a model
+            with `float_weights`, with each.
 
     Returns:
         The output of the head, after its activation, `(1, classes)`; without a head, the features.
@@ -172,11 +173,12 @@ def _block(vit, block, x, rows, dense, name):
     if rows is not None:
         x = tf.slice(x, (0, 0, 0), (1, rows, x.shape[2]))
     x = x + dense(f"{name}/proj", block.proj, _attend(q, k, v))
-    y = _token_norm(vit, x)
+    y, z = _token_norm(vit, x), None
     for fc1, fc2 in _pieces(block) if vit.float_weights else [(block.fc1, block.fc2)]:
-        z = tf.nn.gelu(dense(f"{name}/fc1", fc1, y), approximate=vit.gelu == "tanh")
-        x = x + dense(f"{name}/fc2", fc2, z)
-    return x
+        piece = tf.nn.gelu(dense(f"{name}/fc1", fc1, y), approximate=vit.gelu == "tanh")
+        piece = dense(f"{name}/fc2", fc2, piece)
+        z = piece if z is None else z + piece
+    return x + z
 
 
 def _pieces(block):

@@ -17,6 +17,8 @@ from .metadata import check_class_names
 from .precision import as_float32
 from .report import ExportReport, TensorInfo
 
+# Which layer with weights may be the last one of a model of `build_vit` without a head.
+_LAST_OF_FEATURES = ("encoder_norm", "pooling", "pooled_norm", "pre_logits")
 # What may stand before the normalisation, beside the layers named Random...
 _KEEP_THE_RANGE = (
     keras.layers.InputLayer,
@@ -238,12 +240,12 @@ def ends_in_softmax(model):
 
 
 def gives_logits(model):
-    """Whether a model ends neither in a softmax nor, a yes or no to each class, in a sigmoid."""
+    """Whether a model ends in neither a softmax nor a sigmoid."""
     return _last_activation(model) is None
 
 
 def _last_activation(model):
-    """ "softmax" or "sigmoid", if a model's outputs are of one, or None."""
+    """The activation that a model ends in, "softmax" or "sigmoid", or None."""
     for operation in reversed(list(_operations(model))):
         kind = type(operation).__name__.lower()  # of a layer, or of a function of keras.ops
         if kind in ("softmax", "sigmoid"):
@@ -272,10 +274,12 @@ def _heads(model):
 
 
 def _is_headless(model):
-    """Whether this is a `build_vit` model whose output is its features."""
-    is_vit = any(isinstance(layer, PatchEncoder) for layer in model.layers)
-    dense = [each for each in _operations(model) if isinstance(each, keras.layers.Dense)]
-    return is_vit and all(layer.name == "pre_logits" for layer in dense)
+    """Whether nothing with weights comes after the features of a `build_vit` model."""
+    operations = list(_operations(model))
+    if not any(isinstance(operation, PatchEncoder) for operation in operations):
+        return False
+    last = [operation for operation in operations if getattr(operation, "weights", ())][-1]
+    return last.name in _LAST_OF_FEATURES
 
 
 def _feature_extractor(model):

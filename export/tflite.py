@@ -272,13 +272,15 @@ def _for_mode(deployment, mode, images):
                 f"Received: {deployment.model.name!r}: {deployment.note}."
             )
         return deployment
-    if mode in ("fp32", "fp16"):
-        vit = deployment.vit
-        if mode == "fp16":
-            shape = deployment.model.inputs[0].shape[1:]
-            noise = np.random.default_rng(0).uniform(0, 255, (4, *shape)).astype("float32")
-            vit = fit_float16(vit, deployment.vit_inputs(noise))
-        return dataclasses.replace(deployment, vit=dataclasses.replace(vit, float_weights=True))
+    if mode == "fp32":
+        vit = dataclasses.replace(deployment.vit, float_weights=True)
+        return dataclasses.replace(deployment, vit=vit)
+    if mode == "fp16":  # for GPUs, too, which take what is whole
+        shape = deployment.model.inputs[0].shape[1:]
+        noise = np.random.default_rng(0).uniform(0, 255, (4, *shape)).astype("float32")
+        return dataclasses.replace(
+            deployment, vit=fit_float16(deployment.vit, deployment.vit_inputs(noise))
+        )
     if mode in _EQUALIZED_MODES and images is not None:
         inputs = np.asarray(deployment.vit_inputs(images))
         vit = dataclasses.replace(deployment.vit, float_norms=mode not in NPU_MODES)

@@ -451,9 +451,17 @@ class TestFolder:
 
 
 class TestFolderWithSplits:
-    @pytest.mark.parametrize("validation", ["val", "valid", "validation", "Val"])
-    def test_all_given(self, tmp_path, validation):
-        for split, value in (("train", 0), (validation, 50), ("test", 100)):
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("train", "val", "test"),
+            ("Training", "valid", "Testing"),
+            ("train", "validation", "test"),
+            ("train", "Val", "test"),
+        ],
+    )
+    def test_all_given(self, tmp_path, names):
+        for split, value in zip(names, (0, 50, 100), strict=True):
             fill_class(tmp_path / split, "a", 2, value)
             fill_class(tmp_path / split, "b", 1, value + 20)
         data = load_data(f"folder:{tmp_path}")

@@ -121,6 +121,19 @@ def test_pieces_of_a_cache_are_the_whole(name, monkeypatch):
     assert_alike(outputs_of(vit, images), np.asarray(model(images)))
 
 
+def test_file_of_pieces(monkeypatch, tmp_path):
+    monkeypatch.setattr(graph, "CACHE", 1200)
+    monkeypatch.setattr(graph, "LANES", 8)
+    model, path = build(), tmp_path / "vit.tflite"
+    report = export.export_tflite(model, path, mode="fp32")
+    assert report.ops["GELU"] == 3 * 4
+    assert describe_graph(path).partitions == 1
+    run, images = Interpreter(str(path)).get_signature_runner(), random_images(2)
+    result = np.concatenate([run(images=image[None])["logits"] for image in images])
+    assert_alike(result, np.asarray(model(images)))
+    assert export.export_tflite(model, tmp_path / "half.tflite", mode="fp16").ops["GELU"] == 3
+
+
 def test_small_models_are_in_one_piece():
     vit = dataclasses.replace(fold(build()), float_weights=True)
     names = []

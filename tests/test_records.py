@@ -137,6 +137,15 @@ class TestFolderOfRecords:
         assert Counter(data.train) == {0: 1, 1: 1}
         assert Counter(data.validation) == {0: 1, 1: 1}
 
+    def test_other_names_of_the_splits(self, tmp_path):
+        write_split(tmp_path, "training-00000-of-00001", [0, 1, 2])
+        write_split(tmp_path, "valid-00000-of-00001", [2, 1], 10)
+        write_split(tmp_path, "testing-00000-of-00001", [1], 20)
+        data = load(tmp_path)
+        assert grays(data.train) == [(0, 0), (1, 1), (2, 2)]
+        assert grays(data.validation) == [(10, 2), (11, 1)]
+        assert grays(data.test) == [(20, 1)]
+
     def test_texts_that_two_classes_have_are_no_names(self, tmp_path):
         """ImageNet has two classes "crane"."""
         for name in SPLITS:

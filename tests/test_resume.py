@@ -167,8 +167,11 @@ def assert_same(run, expected):
 
 
 def test_averages_over_more_steps_than_there_are():
-    with pytest.warns(UserWarning, match=r"After the 750 steps.*93%.*ema=0.9999; take 0.99, say"):
-        _check_average(dataclasses.replace(EVERYTHING, ema=0.9999), 750)
+    recipe = dataclasses.replace(EVERYTHING, ema=0.9999)
+    for steps, left, better in ((750, 93, 0.99), (5000, 61, 0.998), (12, 100, 0.5)):
+        match = rf"After the {steps:,} steps.*{left}%.*ema=0.9999; take {better}, say"
+        with pytest.warns(UserWarning, match=match):
+            _check_average(recipe, steps)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _check_average(EVERYTHING, 20)

@@ -527,6 +527,15 @@ def normalized_features():
     return keras.Model(vit.input, keras.layers.UnitNormalization()(vit.output))
 
 
+def with_another_head():
+    vit = build(num_classes=0)
+    return keras.Model(vit.input, keras.layers.EinsumDense("bd,dk->bk", 5)(vit.output))
+
+
+def wrapped_features():
+    return keras.Sequential([keras.Input(IMAGE_SHAPE), build(num_classes=0)])
+
+
 def of_one_output():
     return build(num_classes=1)
 
@@ -545,6 +554,8 @@ def called_by_name():
         (augmented, {"serve_bytes"}),
         (normalized_features, {"features"}),
         (of_one_output, {"features"}),
+        (with_another_head, {"serve_bytes"}),
+        (wrapped_features, {"features"}),
         (called_by_name, {"serve_bytes", "features"}),
     ],
 )

@@ -402,7 +402,7 @@ ABOUT = {"config.json": b"{}", "preprocessor_config.json": b"[]", "pytorch_model
             ],
             ["tf_model.h5"],
         ),
-        (["ViT-B_16.npz"], ["flax_model.msgpack"]),
+        (["ViT-B_16.npz"], ["flax_model.msgpack", "sub/b.npz"]),
     ],
 )
 def test_a_repository_gives_its_configuration_and_weights(hub, weights, others):

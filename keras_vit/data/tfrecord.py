@@ -28,7 +28,7 @@ from keras_vit.data.structures import (
 )
 
 _FILE = re.compile(r"^[^.].*(\.tfrecords?\b|-\d{5}-of-\d{5}$)")
-_SPLIT = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
 _IMAGE_KEYS = ("image/encoded", "image", "jpg")
 _LABEL_KEYS = ("image/class/label", "label")
 _TEXT_KEY = "image/class/text"

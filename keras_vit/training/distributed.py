@@ -100,6 +100,9 @@ class DistributedModel(StrategyModel):
                 `MultiOptimizer` of a function; and, from `fit` on several replicas, the loss gives
                 one value for all images.
             TypeError: `mixing` cannot be called, or `seed` is not an int.
+
+        Warns:
+            UserWarning: `jit_compile` is True, and XLA cannot compile a layer.
         """
         check_positive_int("micro_batches", micro_batches)
         if not isinstance(seed, int):
@@ -125,7 +128,11 @@ class DistributedModel(StrategyModel):
             jit_compile = _is_faster_with_xla(self)
         self.xla = bool(jit_compile) and not run_eagerly and self.supports_xla
         if self.jit_asked is True and not self.supports_xla:
-            warnings.warn("The model has layers that XLA cannot compile.", stacklevel=2)
+            warnings.warn(
+                "The model has layers that XLA cannot compile: its steps run without it. "
+                "Received: jit_compile=True.",
+                stacklevel=2,
+            )
         # Under a strategy, a replica's part of the step is compiled here instead of the whole.
         whole_step = self.xla and self.strategy is None
         super().compile(optimizer, loss, jit_compile=whole_step, run_eagerly=run_eagerly, **kwargs)

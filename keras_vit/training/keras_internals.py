@@ -210,7 +210,10 @@ def _float(value):
 
 
 def _of_each_image(loss):
-    """A loss as `compile` takes it, an error where its values are not of one image each."""
+    """A loss as `compile` takes it, an error where its values are not of one image each.
+
+    One with a `__call__` of its own stays as it is.
+    """
     if not callable(loss):  # a name: Keras' own losses give a value for each image
         return loss
     loss = keras.losses.get(loss)

@@ -105,7 +105,7 @@ def train(
         RuntimeError: Another worker was lost; `resume` continues.
 
     Warns:
-        UserWarning: The average of the weights (`ema`) is over more steps than there are.
+        UserWarning: More than a fifth of the averaged weights (`ema`) would be the initial ones.
 
     Source: fine-tuning as in the paper (arXiv 2010.11929, Sections 3.2 and B.1.1): the whole head
     of pre-training is left out, `pre_logits` too, and positions are interpolated.
@@ -366,7 +366,7 @@ def _check_average(recipe, steps):
         warnings.warn(
             f"After the {steps:,} steps of the training, {left:.0%} of the averaged weights, which "
             f"are evaluated and kept, would be the initial ones. Received: ema={recipe.ema}; take "
-            f"{max(0.5, 1 - 10 / steps):.2g}, say.",
+            f"{1 - float(f'{min(0.5, 10 / steps):.1g}'):.10g}, say.",
             stacklevel=3,
         )
 
