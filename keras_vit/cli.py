@@ -167,7 +167,9 @@ def train(
     keep_checkpoints: Annotated[int, typer.Option(help="How many stay.")] = 2,
     resume: Annotated[
         pathlib.Path | None,
-        typer.Option(metavar="RUN", help="Continue this run, as it was begun; with --strategy."),
+        typer.Option(
+            metavar="RUN", help="Continue this run, as it was begun; with --strategy, --data."
+        ),
     ] = None,
     skip_unreadable: SkipOption = False,
     overwrite: OverwriteOption = False,
@@ -178,7 +180,7 @@ def train(
     """
     if resume is not None:
         check_resume_options(context)
-        continue_run(resume, strategy)
+        continue_run(resume, data if is_given(context, "data") else None, strategy)
         return
     out = out or pathlib.Path("runs") / run_name(data)
     start_tensorflow()
@@ -218,23 +220,28 @@ def check_resume_options(context):
     given = [
         parameter.opts[0]
         for parameter in context.command.params
-        if context.get_parameter_source(parameter.name).name == "COMMANDLINE"
-        and parameter.name not in ("resume", "strategy")
+        if is_given(context, parameter.name)
+        and parameter.name not in ("resume", "data", "strategy")
     ]
     if given:
         raise ValueError(
-            "--resume continues a run as it was begun: --strategy alone can be given with it. "
-            f"Received: {', '.join(given)}."
+            "--resume continues a run as it was begun: --strategy can be given with it, and, with "
+            f"--data, the place where its images are now. Received: {', '.join(given)}."
         )
 
 
-def continue_run(run, strategy):
+def is_given(context, name):
+    """Whether an option stands on the command line."""
+    return context.get_parameter_source(name).name == "COMMANDLINE"
+
+
+def continue_run(run, data, strategy):
     """Resumes a run."""
     start_tensorflow()
     from keras_vit.training import TrainingInterrupted, resume
 
     with contextlib.suppress(TrainingInterrupted):  # which has said how to go on
-        resume(run, strategy=strategy.value)
+        resume(run, data=data, strategy=strategy.value)
 
 
 @app.command()

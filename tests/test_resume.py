@@ -665,9 +665,20 @@ def test_data_that_changed(tmp_path, killed_at):
     arguments = {"recipe": EVERYTHING, "batch_size": 8, "jit_compile": False}
     data = f"folder:{tmp_path / 'photos'}"
     killed_at(1, train, data, tmp_path / "run", **arguments)
+    shutil.copytree(tmp_path / "photos", tmp_path / "elsewhere")
     (tmp_path / "photos" / "dark" / "3.png").unlink()
     with pytest.raises(ValueError, match=r"has changed since the run began.*Received: 15 training"):
         resume(tmp_path / "run")
+    shutil.rmtree(tmp_path / "photos")
+    with pytest.raises(ValueError, match=r"images cannot be loaded: .*not exist.*with `--data`"):
+        resume(tmp_path / "run")
+    elsewhere = f"folder:{tmp_path / 'elsewhere'}"
+    arguments = ["train", "--resume", str(tmp_path / "run"), "--data", elsewhere]
+    outcome = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert "test accuracy" in outcome.output
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (info["data"]["name"], info["results"]["status"]) == (elsewhere, "finished")
+    assert load_run(tmp_path / "run").data().fingerprint == info["data"]["fingerprint"]
 
 
 def edit(run, *keys, value):
@@ -708,7 +719,7 @@ def test_folder_that_is_no_run(tmp_path, content):
 
 def test_options_beside_resume(killed):
     arguments = ["train", "--resume", str(killed), "--epochs", "3", "--no-xla"]
-    with pytest.raises(ValueError, match=r"--strategy alone.*Received: --epochs, --xla"):
+    with pytest.raises(ValueError, match=r"--strategy can.*with --data.*Received: --epochs, --xla"):
         CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
 
 

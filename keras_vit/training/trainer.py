@@ -155,7 +155,7 @@ def train(
     return run
 
 
-def resume(run, *, strategy="auto"):
+def resume(run, *, data=None, strategy="auto"):
     """Continues a run that was interrupted, to the result it would have had.
 
     Everything is as `train` was told, and goes on from the newest whole checkpoint: bit for bit on
@@ -164,6 +164,7 @@ def resume(run, *, strategy="auto"):
 
     Args:
         run: The run folder.
+        data: Where the images are now, as in `train`; None: where they were. They are the same.
         strategy: As in `train`; it need not be the same as before.
 
     Returns:
@@ -194,7 +195,7 @@ def resume(run, *, strategy="auto"):
             "result may differ in the last digits.",
             stacklevel=2,
         )
-    data = _same_data(run)
+    data = _same_data(run, data)
     recipe = Recipe(**_with_config(run.info["recipe"]))
     _check_batch(recipe, workers.replicas)
     arguments = _with_config(run.info["model"]["arguments"])
@@ -223,10 +224,18 @@ def _with_config(fields):
     return {**fields, "variant": ViTConfig(**variant) if isinstance(variant, dict) else variant}
 
 
-def _same_data(run):
-    """The data of a run, if they have not changed since it began."""
+def _same_data(run, source):
+    """The data of a run, there or at another place, if they have not changed since it began."""
     recorded = run.info["data"]
-    data = load_data(recorded["name"], skip_unreadable=recorded["skipped"] > 0)
+    try:
+        data = load_data(source or recorded["name"], skip_unreadable=recorded["skipped"] > 0)
+    except ValueError as error:
+        if source is not None:
+            raise
+        raise ValueError(
+            f"The run's images cannot be loaded: {error} Where they are elsewhere now, say so with "
+            "`--data`."
+        ) from error
     if data.fingerprint != recorded["fingerprint"]:
         raise ValueError(
             f"{data.name} has changed since the run began, so that it cannot go on as it would "
@@ -234,6 +243,7 @@ def _same_data(run):
             f"with the fingerprint {data.fingerprint}, expected {recorded['train']} with "
             f"{recorded['fingerprint']}."
         )
+    recorded["name"] = data.name
     return data
 
 
