@@ -289,9 +289,9 @@ class TestErrors:
         self.check(tmp_path, r"for training.* with \['test\.tfrecord'\]")
 
     def test_splits_beside_others(self, tmp_path):
-        for name in ("train.tfrecord", "training.tfrecord"):
+        for name in ("train.tfrecord", "trainer.tfrecord"):
             write_split(tmp_path, name, [0])
-        self.check(tmp_path, r"begin with a split.* with \['training\.tfrecord'\] beside")
+        self.check(tmp_path, r"begin with a split.* with \['trainer\.tfrecord'\] beside")
 
     def test_splits_as_tfds_names_them(self, tmp_path):
         write_split(tmp_path, "my-flowers-train.tfrecord-00000-of-00001", [0, 1, 0, 1])
