@@ -373,10 +373,11 @@ def _check_average(recipe, steps):
     """Warns of an average of the weights that would be of the initial ones above all."""
     left = 0 if recipe.ema is None else recipe.ema**steps
     if left > 0.2:
+        share = float(f"{min(0.5, 10 / steps):.1g}")  # of a step, with which e^-10 would be left
         warnings.warn(
             f"After the {steps:,} steps of the training, {left:.0%} of the averaged weights, which "
             f"are evaluated and kept, would be the initial ones. Received: ema={recipe.ema}; take "
-            f"{1 - float(f'{min(0.5, 10 / steps):.1g}'):.10g}, say.",
+            f"{1 - share:.10g}, say.",
             stacklevel=3,
         )
 
