@@ -56,7 +56,6 @@ BENCHMARKS := speed tflite growth loading steady startup pipeline
 bench: $(READY)
 	$(BIN)/python benchmarks/environments.py
 	for name in $(BENCHMARKS); do echo "== $$name" && $(BIN)/python benchmarks/$$name.py || exit 1; done
-	$(BIN)/python benchmarks/report.py
 
 # Whether all of it works. Two at a time, as no figures are taken.
 QUICK_BENCHMARKS := $(BENCHMARKS:%=quick-%)

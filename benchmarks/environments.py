@@ -7,11 +7,14 @@ They lie in benchmarks/.environments/, some 2 GB each with TensorFlow and 5 GB w
 
 import argparse
 import concurrent.futures
+import functools
 import pathlib
 import shutil
 import subprocess
 import sys
 import venv
+
+import filelock
 
 FOLDER = pathlib.Path(__file__).parent / ".environments"
 TORCH = ("torch==2.14.1", "torchvision==0.29.1")
@@ -46,22 +49,37 @@ def python_of(name, make=True):
     if name is None:
         return pathlib.Path(sys.executable)
     folder = FOLDER / name
-    asked = "\n".join(PACKAGES[name])
-    ready = folder / READY
-    if not (ready.exists() and ready.read_text() == asked):
+    if not is_ready(name):
         if not make:
             raise Missing(f"benchmarks/.environments/{name} is not there")
-        print(f"Making benchmarks/.environments/{name}: {', '.join(PACKAGES[name])}", flush=True)
-        try:
-            venv.create(folder, clear=True, with_pip=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise Missing(f"venv: {error}") from error
-        install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *PACKAGES[name]]
-        process = subprocess.run(install, capture_output=True, text=True)
-        if process.returncode:
-            raise Missing(last_line(process.stderr))
-        ready.write_text(asked)
+        FOLDER.mkdir(exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):  # another benchmark may make it
+            if not is_ready(name) and (reason := why_not(name)):
+                raise Missing(reason)
     return folder / "bin" / "python"
+
+
+def is_ready(name):
+    """Whether an environment is there, with the packages that are asked for now."""
+    ready = FOLDER / name / READY
+    return ready.exists() and ready.read_text() == "\n".join(PACKAGES[name])
+
+
+@functools.cache
+def why_not(name):
+    """Makes an environment; why it cannot be made, or None. A process tries once."""
+    folder = FOLDER / name
+    print(f"Making benchmarks/.environments/{name}: {', '.join(PACKAGES[name])}", flush=True)
+    try:
+        venv.create(folder, clear=True, with_pip=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"venv: {error}"
+    install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *PACKAGES[name]]
+    process = subprocess.run(install, capture_output=True, text=True)
+    if process.returncode:
+        return last_line(process.stderr)
+    (folder / READY).write_text("\n".join(PACKAGES[name]))
+    return None
 
 
 def last_line(text):

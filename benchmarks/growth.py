@@ -36,10 +36,10 @@ PACKAGES = ("keras", "tensorflow", "ai-edge-litert")
 WIDTH, HEADS, MLP = 192, 3, 768
 BASE = {"image": 224, "patch": 16, "batch": 8, "depth": 2, "parts": 1}
 SERIES = {
-    "image": (96, 224, 512),
-    "patch": (32, 16, 8),
-    "batch": (1, 8, 64),
-    "depth": (1, 3, 8),
+    "image": (96, 160, 288, 512),
+    "patch": (32, 28, 16, 8),
+    "batch": (1, 4, 16, 64),
+    "depth": (1, 2, 4, 8),
 }
 QUICK = {"image": (64, 128)}
 PARTS = (8, 2, 1)

@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from environments import Missing, last_line, python_of
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 QUICK = "quick"  # the folder in it for what --quick gives
+LONGEST_ANSWER = 900  # seconds: who takes longer hangs
 # Variables of a process that is to give back what it frees; see `memory`.
 GIVING_BACK = {"TF_ENABLE_ONEDNN_OPTS": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
@@ -87,7 +89,11 @@ class Process:
             **contender.variables,
         }
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
-        self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        try:
+            self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        except OSError as error:  # an environment whose Python has gone
+            self.missing = str(error)
+            return
         self.facts = self._answer()
 
     def ask(self, **message):
@@ -98,6 +104,11 @@ class Process:
             return self._answer()
 
     def _answer(self):
+        answers, _, _ = select.select([self._process.stdout], [], [], LONGEST_ANSWER)
+        if not answers:
+            self.missing = f"no answer in {LONGEST_ANSWER} s"
+            self._process.kill()
+            return None
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
@@ -299,7 +310,10 @@ def result_of(name, quick, **content):
 
 
 def save(name, quick, **content):
-    """Writes results/NAME.json (results/quick/NAME.json) and its picture, and prints its table."""
+    """Writes results/NAME.json (results/quick/NAME.json), prints its table and draws its picture.
+
+    Unless it is a quick run, also the READMEs, which thus never say something else.
+    """
     import report  # here, as it needs keras_vit, which the peers' environments lack
 
     from keras_vit.files import write_text
@@ -309,6 +323,8 @@ def save(name, quick, **content):
     write_text(path, json.dumps(result, indent=1) + "\n")
     print(f"\n{report.section(result)}\n{path}", flush=True)
     report.picture(result, path.with_suffix(".png"))
+    if not quick:
+        report.write_readmes()
 
 
 def parser(doc):

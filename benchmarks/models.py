@@ -123,7 +123,7 @@ def keras_hub(variant, kind, xla, mixed=False):
     return keras_contender(ViTImageClassifier(backbone, CLASSES), kind, xla)
 
 
-def vit_keras(variant, kind):
+def vit_keras(variant, kind, xla):
     from vit_keras import vit
 
     hidden_dim, depth, num_heads, mlp_dim = SIZES[variant]
@@ -138,10 +138,10 @@ def vit_keras(variant, kind):
         classes=CLASSES,
         dropout=0.0,
     )
-    return keras_contender(model, kind)
+    return keras_contender(model, kind, xla)
 
 
-def keras_io_example(variant, kind):
+def keras_io_example(variant, kind, xla):
     import keras
     from keras import layers
 
@@ -178,10 +178,10 @@ def keras_io_example(variant, kind):
         x = layers.Add()([y, x])
     x = layers.LayerNormalization(epsilon=1e-6)(x)
     logits = layers.Dense(CLASSES)(layers.GlobalAveragePooling1D()(x))
-    return keras_contender(keras.Model(inputs, logits), kind)
+    return keras_contender(keras.Model(inputs, logits), kind, xla)
 
 
-def keras_contender(model, kind, xla=False):
+def keras_contender(model, kind, xla):
     if kind == "forward":
         return keras_forward(model, xla)
     return keras_training(model, **({"jit_compile": True} if xla else {}))

@@ -1,4 +1,4 @@
-"""Writes the tables and pictures of the results into the READMEs.
+"""Writes the tables and pictures of the results into the READMEs, as each benchmark does.
 
     python benchmarks/report.py
 
@@ -63,13 +63,18 @@ def filled(text, folder):
     )
 
 
-def main():
-    for path in RESULTS.glob("*.json"):
-        picture(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
+def write_readmes():
+    """Brings the READMEs up to date."""
     for folder in (ROOT, ROOT / "benchmarks"):
         readme = folder / "README.md"
         write_text(readme, filled(readme.read_text(encoding="utf-8"), folder))
         print(f"{readme} is up to date.")
+
+
+def main():
+    for path in RESULTS.glob("*.json"):
+        picture(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
+    write_readmes()
 
 
 if __name__ == "__main__":
