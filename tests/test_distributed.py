@@ -183,13 +183,95 @@ def test_averages_of_weights(replicas):
     [
         *(({"micro_batches": 4}, replicas) for replicas in (None, 1, 2, 4)),
         *(({"steps_per_execution": 4}, replicas) for replicas in (None, 1, 2, 4)),
-        *(({"jit_compile": True}, replicas) for replicas in (None, 2)),
+        *(({"jit_compile": True}, replicas) for replicas in (None, 2, 4)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else str(value),
 )
 def test_same_training_with(options, replicas):
     training = train(DistributedModel, replicas, OPTIMIZERS["sgd"], **options)
     assert_same(training, stock("sgd"))
+
+
+def fit_with_callbacks(replicas, folder):
+    """What is logged, the rates, and the weights of the epoch that was kept."""
+    model = compiled(
+        DistributedModel, replicas, OPTIMIZERS["sgd"], metrics=["accuracy"], micro_batches=2
+    )
+    kept = folder / "best.weights.h5"
+    callbacks = [
+        keras.callbacks.ModelCheckpoint(kept, "val_loss", save_best_only=True, **WEIGHTS_ALONE),
+        keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=0, min_delta=1.0),
+        keras.callbacks.EarlyStopping("val_accuracy", patience=2, min_delta=1.0),
+    ]
+    history = model.fit(
+        batches(),
+        validation_data=batches(15),
+        epochs=9,
+        shuffle=False,
+        callbacks=callbacks,
+        verbose=0,
+    )
+    model.load_weights(kept)
+    return history.history, model.get_weights()
+
+
+WEIGHTS_ALONE = {"save_weights_only": True}
+
+
+def test_callbacks_see_the_same(tmp_path):
+    expected, weights = fit_with_callbacks(None, tmp_path)
+    history, other_weights = fit_with_callbacks(2, tmp_path)
+    assert len(history["loss"]) == 3  # stopped early
+    assert history["learning_rate"] == expected["learning_rate"]
+    assert history["learning_rate"][-1] < history["learning_rate"][0]
+    assert history.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, atol=1e-5)
+    for weight, other in zip(weights, other_weights, strict=True):
+        np.testing.assert_allclose(weight, other, atol=1e-5)
+
+
+def test_compiled_outside_of_the_scope():
+    model = compiled(DistributedModel, 2, OPTIMIZERS["sgd"])
+    with model.strategy.scope():
+        optimizer = OPTIMIZERS["sgd"]()
+    model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+    [total] = [
+        variable.value for variable in model.metrics[0].variables if "total" in variable.path
+    ]
+    assert len(model.strategy.experimental_local_results(total)) == 2
+
+
+class Centred(keras.layers.Layer):
+    """Of no image, the mean is not a number."""
+
+    def call(self, x):
+        return x - tf.reduce_mean(x, axis=0, keepdims=True)
+
+
+def test_a_replica_without_images_has_no_say():
+    def build():
+        network = build_mlp()
+        return keras.Model(network.inputs, Centred()(network.outputs[0]))
+
+    training = train(DistributedModel, 4, OPTIMIZERS["sgd"], batch=31, build=build)
+    assert all(np.isfinite(weight).all() for weight in training.weights)
+
+
+def build_with_norm(**options):
+    images = keras.Input((12, 8, 3))
+    x = keras.layers.Dense(7)(keras.layers.Flatten()(keras.layers.Rescaling(1 / 127.5)(images)))
+    x = keras.layers.BatchNormalization(momentum=0.5, **options)(x)
+    return keras.Model(images, keras.layers.Dense(5)(x))
+
+
+def test_batch_normalization_is_over_all_replicas():
+    build = functools.partial(build_with_norm, synchronized=True)
+    training = train(DistributedModel, 2, OPTIMIZERS["sgd"], build=build)
+    assert_same(training, stock("sgd", build_with_norm), 1e-4)
+    match = "must have synchronized=True.*Received: 'batch_normalization.*' with synchronized=False"
+    with pytest.raises(ValueError, match=match):
+        compiled(DistributedModel, 2, OPTIMIZERS["sgd"], build=build_with_norm)
 
 
 # 64 images in batches of 31, 31 and 2: on four replicas parts differ in size and some are empty.
@@ -244,7 +326,7 @@ def test_stock_fails_on_a_batch_that_does_not_divide():
         train(keras.Model, 2, OPTIMIZERS["sgd"], batch=31)
 
 
-@pytest.mark.parametrize("replicas", [None, 2])
+@pytest.mark.parametrize("replicas", [None, 2, 4])
 def test_bfloat16(replicas):
     """Up to the rounding of sums of the activations' gradients, of 8 bits."""
     with policy("mixed_bfloat16"):
@@ -454,8 +536,8 @@ class SquaredError(keras.losses.Loss):
 
 @pytest.mark.parametrize(
     "loss",
-    [squared_error, functools.partial(squared_error), SquaredError()],
-    ids=["function", "partial", "class"],
+    [squared_error, functools.partial(squared_error), SquaredError(), "dice"],
+    ids=["function", "partial", "class", "name"],
 )
 def test_a_loss_must_give_a_value_for_each_image(loss):
     """Keras would take the sum of the replicas' means: a learning rate as often as large."""
@@ -463,9 +545,13 @@ def test_a_loss_must_give_a_value_for_each_image(loss):
         network = build_mlp()
         model = DistributedModel(network.inputs, network.outputs)
         model.compile("sgd", loss, jit_compile=False)
-    match = r"for each image, of shape \(B,\).*Received: '(squared_error|partial)', which gives a"
+    match = (
+        r"for each image, of shape \(B,\).*Received: '(squared_error|partial|dice)', which gives"
+    )
     with pytest.raises(ValueError, match=match):
         model.fit(batches(), verbose=0)
+    if isinstance(loss, str):
+        return
     network = build_mlp()
     alone = DistributedModel(network.inputs, network.outputs)
     alone.compile("sgd", loss, jit_compile=False, micro_batches=4)
@@ -652,6 +738,15 @@ def test_train_on_batch():
     np.testing.assert_allclose(model.predict_on_batch(IMAGES), expected.predict_on_batch(IMAGES))
 
 
+def test_train_on_batch_would_train_each_replica_on_all_rows():
+    model = compiled(DistributedModel, 2, OPTIMIZERS["sgd"])
+    expected = compiled(keras.Model, None, OPTIMIZERS["sgd"])
+    data = IMAGES[:BATCH], LABELS[:BATCH]
+    np.testing.assert_allclose(model.test_on_batch(*data), expected.test_on_batch(*data), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"whole batch: use `fit`\. Received: 2 replicas"):
+        model.train_on_batch(*data)
+
+
 def test_predict_on_batch_of_replicas():
     """Each row once, as `evaluate` and `predict` of `keras_vit.training` take them."""
     with mirrored(2).scope():
@@ -758,6 +853,18 @@ def test_loads_in_a_fresh_process(saved):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"DistributedModel 2 {COMPILED_WITH['mixing']} 13 False 4\n"
+
+
+def test_a_loss_scale_is_loaded_with_its_state(tmp_path):
+    with policy("mixed_float16"):
+        model = compiled(DistributedModel, None, OPTIMIZERS["sgd"])
+    fit_an_epoch(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded.optimizer, keras.optimizers.LossScaleOptimizer)
+    for variable, other in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(variable, other)
+    assert int(batches_seen(loaded.optimizer)) == 4
 
 
 def test_config_round_trip():

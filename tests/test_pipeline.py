@@ -93,7 +93,8 @@ class TestEvaluation:
         ("count", "expected"),
         [
             (11, [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10]]]),
-            (7, [[[0, 1, 2], [6]], [[3, 4, 5]]]),
+            (7, [[[0, 1, 2], [6]], [[3, 4, 5], []]]),
+            (2, [[[0, 1]], [[]]]),
         ],
     )
     def test_shards_are_parts_of_the_batches(self, count, expected):

@@ -1,5 +1,7 @@
 """From the images of a split to batches a model takes, in an order that any step can begin."""
 
+import math
+
 import numpy as np
 import tensorflow as tf
 
@@ -57,7 +59,8 @@ def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 
         batch_size: Images per batch B; the last batch has what is left.
         num_classes: Length K of the one-hot labels.
         shard: `(i, n)`: the i-th of the n equal parts of every batch. Of the last batch a shard
-            has what lies in its part, and no batch where that is nothing.
+            has what lies in its part, and a batch of no images where that is nothing: workers go
+            through equally many.
         cached: Whether the images, if they are not too large, are kept for the next time.
 
     Returns:
@@ -73,7 +76,11 @@ def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 
     images = _resized(tf.data.Dataset.from_tensor_slices(places), split, image_size)
     if cached and len(places) * _image_bytes(image_size) <= CACHE_BYTES:
         images = images.cache()
-    return untuned(_one_hot(images.batch(size), num_classes).prefetch(PREFETCHED))
+    batches = _one_hot(images.batch(size), num_classes)
+    if math.ceil(len(places) / size) < math.ceil(split.count / batch_size):
+        nothing = tf.zeros((0, *image_size, 3), tf.uint8), tf.zeros((0, num_classes))
+        batches = batches.concatenate(tf.data.Dataset.from_tensors(nothing))
+    return untuned(batches.prefetch(PREFETCHED))
 
 
 def first_images(split, image_size, count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import reprlib
@@ -105,6 +106,7 @@ def load_tfrecord(path: str | os.PathLike) -> ImageData:
             class_names=class_names,
             files={s: [(os.path.basename(p), os.path.getsize(p)) for p in files[s]] for s in files},
             counts={role: split.count for role, split in splits.items()},
+            labels={s: hashlib.sha256(labels[s].tobytes()).hexdigest() for s in files},
         ),
     )
 

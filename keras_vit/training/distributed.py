@@ -1,5 +1,6 @@
 """`DistributedModel`: `model.fit` that gives the same model on one replica and on many."""
 
+import contextlib
 import math
 import pathlib
 import warnings
@@ -97,8 +98,8 @@ class DistributedModel(StrategyModel):
                 `keras.distribution` is set, or the loss is no mean over the batch and there are
                 micro-batches or a strategy. Under a strategy, the optimizer was made outside of
                 its scope, has `gradient_accumulation_steps` or `ema_overwrite_frequency`, or is a
-                `MultiOptimizer` of a function; and, from `fit` on several replicas, the loss gives
-                one value for all images.
+                `MultiOptimizer` of a function. On several replicas, a BatchNormalization is not
+                `synchronized`; and, from `fit` on, the loss gives one value for all images.
             TypeError: `mixing` cannot be called, or `seed` is not an int.
 
         Warns:
@@ -135,7 +136,10 @@ class DistributedModel(StrategyModel):
             )
         # Under a strategy, a replica's part of the step is compiled here instead of the whole.
         whole_step = self.xla and self.strategy is None
-        super().compile(optimizer, loss, jit_compile=whole_step, run_eagerly=run_eagerly, **kwargs)
+        with self.strategy.scope() if self.strategy else contextlib.nullcontext():
+            super().compile(
+                optimizer, loss, jit_compile=whole_step, run_eagerly=run_eagerly, **kwargs
+            )
         if micro_batches > 1 or self.strategy is not None:
             for one in keras.tree.flatten(loss):
                 _check_reduction(one)
@@ -152,10 +156,14 @@ class DistributedModel(StrategyModel):
             self.share_out()
             if self.strategy.num_replicas_in_sync > 1:
                 self.check_losses()
+                for layer in self.all_layers():
+                    _check_norm(layer)
 
     def get_compile_config(self):
         config = super().get_compile_config()
         if config:
+            # With its loss scale, which Keras makes anew where the policy is of float16 alone.
+            config["optimizer"] = keras.saving.serialize_keras_object(self.optimizer)
             config["jit_compile"] = self.jit_asked
             config["micro_batches"] = self.micro_batches
             config["seed"] = self.seed
@@ -319,6 +327,19 @@ def _check_reduction(loss):
         )
 
 
+def _check_norm(layer):
+    if (
+        isinstance(layer, keras.layers.BatchNormalization)
+        and layer.trainable
+        and not layer.synchronized
+    ):
+        raise ValueError(
+            "Under a strategy, BatchNormalization must have synchronized=True, or each replica "
+            "norms by the mean and the variance of its own images, and the model has those of the "
+            f"first one. Received: {layer.name!r} with synchronized=False."
+        )
+
+
 def _check_optimizer(optimizer, strategy):
     if creation_strategy(optimizer) is not strategy:
         raise ValueError(
@@ -396,7 +417,11 @@ def _sum_over_replicas(gradients, share):
         return gradients
     present = [tf.convert_to_tensor(gradient) for gradient in gradients if gradient is not None]
     if share is not None:
-        present = [gradient * tf.cast(share, gradient.dtype) for gradient in present]
+        # Of no image, a layer may have a gradient that is not a number.
+        present = [
+            tf.where(share > 0, gradient * tf.cast(share, gradient.dtype), 0)
+            for gradient in present
+        ]
     summed = iter(replica.all_reduce("SUM", present))
     return [None if gradient is None else next(summed) for gradient in gradients]
 

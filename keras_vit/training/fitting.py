@@ -1,6 +1,7 @@
 """From a compiled model to a trained and tested one, with run.json true whatever happens."""
 
 import contextlib
+import math
 import time
 
 import keras
@@ -99,7 +100,10 @@ def _fit(run, vit, model, data, recipe, console, workers, position):
     progress = Progress(console, recipe.batch_size)
     finite = StopOnNonFinite(position["step"])
     callbacks = [finite, progress, Averages(), best, *_logs(run, workers), checkpoints]
-    batches, validation = _batches(data, recipe, model, options["seed"], workers, position["step"])
+    at_once = recipe.batch_size // recipe.micro_batches  # what a training step holds, and more
+    batches, validation = _batches(
+        data, recipe, model, options["seed"], workers, position["step"], at_once
+    )
     guard = lost_workers(run.folder, checkpoints)
     with contextlib.closing(progress), checkpoints.listening(), guard:
         model.fit(
@@ -109,6 +113,7 @@ def _fit(run, vit, model, data, recipe, console, workers, position):
             initial_step=position["step_of_epoch"],
             steps_per_epoch=steps,
             validation_data=validation,
+            validation_steps=math.ceil(data.validation.count / at_once),
             callbacks=callbacks,
             shuffle=False,  # the batches are
             verbose=0,
@@ -127,10 +132,9 @@ def _logs(run, workers):
     ]
 
 
-def _batches(data, recipe, model, seed, workers, first_step):
-    """The batches of training, from a step on, and those of validation."""
+def _batches(data, recipe, model, seed, workers, first_step, at_once):
+    """The batches of training, from a step on, and those of validation, of `at_once` images."""
     size, batch_size = model.input_shape[1:3], recipe.batch_size
-    at_once = batch_size // recipe.micro_batches  # what a training step holds, and more
 
     def training(shard):
         return training_batches(

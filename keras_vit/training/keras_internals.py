@@ -34,6 +34,7 @@ ATTRIBUTES = {
     "tensorflow.python.data.ops": ("multi_device_iterator_ops",),
     "tensorflow.python.data.ops.multi_device_iterator_ops": ("_create_device_dataset",),
 }
+CROSSENTROPIES = ("crossentropy", "ce")
 # The same, for what only instances have.
 INSTANCE_ATTRIBUTES = {
     "model": ("_compile_loss", "_distribute_strategy", "_loss_tracker"),
@@ -59,11 +60,13 @@ class StrategyModel(keras.Model):
         """The strategy in whose scope the model was made, or None."""
         return self._distribute_strategy
 
+    def all_layers(self):
+        """The layers, those within other layers included."""
+        return self._flatten_layers(include_self=False)
+
     def computes_in(self, dtype):
-        """Whether any layer does, those within other layers included."""
-        return any(
-            layer.compute_dtype == dtype for layer in self._flatten_layers(include_self=False)
-        )
+        """Whether any layer does."""
+        return any(layer.compute_dtype == dtype for layer in self.all_layers())
 
     def update_loss(self, loss, count):
         """Gives the mean loss of `count` examples to the loss that `fit` reports."""
@@ -145,7 +148,14 @@ class StrategyModel(keras.Model):
 
         def function(iterator):
             if not isinstance(iterator, tf.distribute.DistributedIterator):
-                return compiled(one_step)(next(iterator))  # of train_on_batch
+                # Of train_on_batch and test_on_batch: every replica gets all rows.
+                if step_function == self.train_step and self.strategy.num_replicas_in_sync > 1:
+                    raise ValueError(
+                        "Under a strategy of several replicas, `train_on_batch` would train each "
+                        "of them on the whole batch: use `fit`. Received: "
+                        f"{self.strategy.num_replicas_in_sync} replicas."
+                    )
+                return compiled(one_step)(next(iterator))
             # The batch is asked for outside of the step, of which a part would run without it;
             # the signature says whether all batches have one size.
             step = compiled(one_step, iterator.element_spec)
@@ -214,7 +224,7 @@ def _of_each_image(loss):
 
     One with a `__call__` of its own stays as it is.
     """
-    if not callable(loss):  # a name: Keras' own losses give a value for each image
+    if loss is None or loss in CROSSENTROPIES:  # which Keras chooses by the shapes
         return loss
     loss = keras.losses.get(loss)
     if not isinstance(loss, keras.losses.Loss):
