@@ -177,12 +177,41 @@ def test_an_environment_that_cannot_be_made_is_missing(tmp_path, monkeypatch):
     with pytest.raises(environments.Missing, match="is not there"):
         environments.python_of("impossible", make=False)
 
+    tries = []
+
     def create(*arguments, **options):
+        tries.append(arguments)
         raise subprocess.CalledProcessError(1, "ensurepip")
 
     monkeypatch.setattr(environments.venv, "create", create)
-    with pytest.raises(environments.Missing, match="venv: Command 'ensurepip' returned non-zero"):
-        environments.python_of("impossible")
+    environments.why_not.cache_clear()
+    for _ in range(2):
+        with pytest.raises(environments.Missing, match="venv: Command 'ensurepip' returned non-"):
+            environments.python_of("impossible")
+    assert len(tries) == 1  # in vain: not for each contender
+
+
+def test_an_environment_whose_python_has_gone_is_missing(tmp_path, monkeypatch):
+    import environments
+
+    monkeypatch.setattr(environments, "FOLDER", tmp_path)
+    monkeypatch.setitem(environments.PACKAGES, "moved", ("a==1",))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / environments.READY).write_text("a==1")
+    [case] = compare({"a": contender(fake, "moved", seconds=1)}, [None], rounds=1)
+    assert "No such file or directory" in case["contenders"]["a"]["missing"]
+
+
+def test_who_hangs_is_missing(monkeypatch):
+    import harness
+
+    process = harness.Process(contender(sleeping, seconds=60))
+    process.start()
+    monkeypatch.setattr(harness, "LONGEST_ANSWER", 0.1)
+    assert process.ask(case=None, do="warm up") is None
+    assert process.missing == "no answer in 0.1 s"
+    assert process.ask(case=None, do="compute", calls=1) is None
+    process.close()
 
 
 def test_ratios_and_exponents():
@@ -349,8 +378,17 @@ def test_table_of_a_missing_contender():
     result = result_of(groups=[group])
     text = speed.table(result)
     assert "| KerasHub | 7 | 1000, 1250 | 2.00, 1.67 | 6 |" in text
-    assert "| Ti/16, training, batch 32: speed / KerasHub | >= 1.25 | 2.000, 1.667 | kept |" in text
-    assert "| Ti/16, training, batch 32: memory / KerasHub | <= 1.0 | 0.500 | kept |" in text
+    goal = "| Ti/16, training, batch 32: speed / KerasHub | >= 1.25 |"
+    assert f"{goal} 2.000, 1.667 | kept |  |" in text
+    assert "| Ti/16, training, batch 32: memory / KerasHub | <= 1.0 | 0.500 | kept |  |" in text
+    entries[speed.PRODUCTS] = {**entry, "seconds": [0.25, 0.5]}
+    entries["KerasHub, XLA"] = {**theirs, "seconds": [0.7, 0.8], "peak_bytes": None}
+    goals = speed.goals_table(result)
+    assert f"{goal} 1.400, 1.000 | kept by the minimum alone | 2.80, 2.00 |" in goals
+    assert "memory / KerasHub" not in goals
+    entries["KerasHub, XLA"]["seconds"] = [0.6]
+    assert f"{goal} 1.200, 0.800 | missed | 2.40, 1.60 |" in speed.goals_table(result)
+    del entries["KerasHub, XLA"], entries[speed.PRODUCTS]
     assert "timm (Ti/16, training, batch 32) is missing: no wheel" in text
     assert "timm, compiled (Ti/16, training, batch 32) is missing: no wheel" in text
     assert "| Ti/16, training, batch 32 | 64.0 | 2.00 |  |  | missing |  |" in speed.claims(result)
