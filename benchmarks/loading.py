@@ -4,7 +4,9 @@
 
 A ViT-B/16 of random weights, written by keras-vit in the formats of Google and timm. A call builds
 the model and gives it the weights of the file. Memory is what a call takes beyond what the process
-held before it: the model, and what is read at the time.
+held before it: the model, and what is read at the time, pages of the file that it maps among it. It
+is told by a second process, without oneDNN, which gives back what it frees. Call after call, a
+process holds more: Keras' models are freed when Python looks for cycles.
 """
 
 import pathlib
