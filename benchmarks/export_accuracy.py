@@ -4,8 +4,8 @@
     python benchmarks/export_accuracy.py --weights dinov2_vits14.safetensors \
         --data folder:data/fashion-mnist --image-size 98 --out runs/export-accuracy
 
-The head is a logistic regression on standardised features of the first training images. With
-`--max-drop` the layers that cost a mode most get a higher precision, chosen on validation images.
+The head is a logistic regression on standardised features of training images. With `--max-drop`
+the layers that cost a mode most get a higher precision, chosen on validation images.
 For a model of one's own the same table comes from `keras-vit export RUN --images 10000`.
 """
 
@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 
 from keras_vit import from_checkpoint
 from keras_vit.data import load_data
-from keras_vit.data.pipeline import first_images
+from keras_vit.data.pipeline import spread_images
 from keras_vit.export import MODES, export_tflite, verify
 
 
@@ -52,28 +52,29 @@ def main():
         parser.error(f"{arguments.out} exists already.")
     data = load_data(arguments.data)
     size = (arguments.image_size, arguments.image_size)
-    images, labels = first_images(data.train, size, arguments.train_images)
+    images, labels = spread_images(data.train, size, arguments.train_images)
     backbone = from_checkpoint(
         arguments.weights, num_classes=0, image_size=size, normalization="imagenet"
     )
     model = with_linear_head(backbone, images, labels)
+    calibration, _ = spread_images(data.train, size, arguments.calibration_images)
     arguments.out.mkdir(parents=True)
     chosen_by = None
     if arguments.max_drop is not None:
-        chosen_by = first_images(data.validation, size, arguments.test_images)
+        chosen_by = spread_images(data.validation, size, arguments.test_images)
     files = {mode: arguments.out / f"{mode}.tflite" for mode in arguments.mode}
     reports = {
         mode: export_tflite(
             model,
             path,
             mode=mode,
-            calibration=images[: arguments.calibration_images],
+            calibration=calibration,
             held_out=chosen_by,
             max_drop=arguments.max_drop,
         )
         for mode, path in files.items()
     }
-    held_out, labels = first_images(data.test, size, arguments.test_images)
+    held_out, labels = spread_images(data.test, size, arguments.test_images)
     result = verify(model, files, held_out, labels, exports=reports)
     Console().print(result.table())
     result.to_json(arguments.out / "report.json")

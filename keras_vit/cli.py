@@ -509,7 +509,7 @@ def export(
     The folder appears when every file has passed; a failure leaves what was there.
     """
     start_tensorflow()
-    from keras_vit.data.pipeline import first_images
+    from keras_vit.data.pipeline import spread_images
     from keras_vit.export import CPU_MODES, LIMITS, MODES, NPU_MODES, verify
     from keras_vit.files import check_replaceable, replacing, write_text
     from keras_vit.training import load_run
@@ -522,11 +522,11 @@ def export(
     check_replaceable(out, "report.json", "export", overwrite)
     model = run.model()
     data = run.data(data, skip_unreadable)
-    held_out, labels = first_images(data.test, model.input_shape[1:3], images)
-    calibration, _ = first_images(data.train, model.input_shape[1:3], calibration_images)
+    held_out, labels = spread_images(data.test, model.input_shape[1:3], images)
+    calibration, _ = spread_images(data.train, model.input_shape[1:3], calibration_images)
     chosen_by = None
     if max_drop is not None:  # what it is verified with has no part in the choice
-        chosen_by = first_images(data.validation, model.input_shape[1:3], images)
+        chosen_by = spread_images(data.validation, model.input_shape[1:3], images)
     limits = dict(LIMITS)
     if min_agreement is not None:
         limits = {

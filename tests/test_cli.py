@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from keras_vit import cli, training
 from keras_vit.data import load_data
-from keras_vit.data.pipeline import first_images
+from keras_vit.data.pipeline import spread_images
 from keras_vit.export import LIMITS, NPU_MODES
 
 
@@ -324,7 +324,7 @@ def test_layers_are_chosen_by_other_images_than_those_of_the_check(
         (asked["held_out"], data.validation, 20),
         ((asked["calibration"], None), data.train, 7),
     ):
-        images, labels = first_images(split, size, count)
+        images, labels = spread_images(split, size, count)
         np.testing.assert_array_equal(found[0], images)
         assert found[1] is None or np.array_equal(found[1], labels)
     assert asked["modes"] == NPU_MODES

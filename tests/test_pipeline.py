@@ -10,9 +10,9 @@ from keras_vit.data import progress as progress_module
 from keras_vit.data.augmentation import Augmentation
 from keras_vit.data.pipeline import (
     evaluation_batches,
-    first_images,
     resize,
     sample_ids,
+    spread_images,
     training_batches,
 )
 from keras_vit.data.structures import array_split, cut, typical_size
@@ -103,12 +103,21 @@ class TestEvaluation:
             found = [images[:, 0, 0, 0].tolist() for images, _ in batches.as_numpy_iterator()]
             assert found == expected[index]
 
-    @pytest.mark.parametrize(("asked", "given"), [(3, 3), (9, 7)])
-    def test_first_images(self, asked, given):
-        images, labels = first_images(numbered(7), (2, 3), asked)
-        assert images.shape == (given, 2, 3, 3)
-        np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(given))
-        np.testing.assert_array_equal(labels, np.arange(given) % 3)
+    @pytest.mark.parametrize("count", [7, 9])
+    def test_spread_images_are_all_where_as_many_are_asked_for(self, count):
+        images, labels = spread_images(numbered(7), (2, 3), count)
+        assert images.shape == (7, 2, 3, 3)
+        np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(7))
+        np.testing.assert_array_equal(labels, np.arange(7) % 3)
+
+    def test_spread_images_are_of_all_parts(self):
+        """Of a split sorted by class, and of one whose classes take turns as the parts do."""
+        (images, labels), again = (spread_images(numbered(240), (2, 3), 80) for _ in range(2))
+        places = images[:, 0, 0, 0]
+        np.testing.assert_array_equal(places // 3, np.arange(80))
+        assert min(np.bincount(labels)) > 15
+        np.testing.assert_array_equal(again[0], images)
+        np.testing.assert_array_equal(labels, places % 3)
 
 
 GOLDEN = ([6, 4, 2, 1, 0, 5, 3], [0, 3, 1, 5, 2, 4, 6], [46622, 241520, 211331, 898605])

@@ -17,7 +17,7 @@ from PIL import Image
 import keras_vit
 from keras_vit import ViTConfig, build_vit
 from keras_vit.data import load_data
-from keras_vit.data.pipeline import first_images
+from keras_vit.data.pipeline import spread_images
 from keras_vit.training import fewshot, probing
 from keras_vit.training.probing import (
     C_GRID,
@@ -202,7 +202,7 @@ def test_features_are_the_models(weights):
     split = load_data("digits").validation
     done = []
     features, labels = extract_features(model, split, 45, 20, done.append)
-    images, expected_labels = first_images(split, (8, 8), 45)
+    images, expected_labels = (a[:45] for a in spread_images(split, (8, 8), split.count))
     np.testing.assert_array_equal(labels, expected_labels)
     np.testing.assert_allclose(features, model(images.astype("float32")), atol=1e-5)
     assert done == [20, 40, 45]
@@ -238,7 +238,8 @@ def test_accuracies_are_of_the_stored_features(probed):
     files = [np.load(out / "features" / f"{name}.npz") for name in ("train", "validation", "test")]
     train, validation, test = [(file["features"], file["labels"]) for file in files]
     assert [len(labels) for _, labels in (train, validation, test)] == [130, 180, 50]
-    np.testing.assert_array_equal(test[1], first_images(load_data("digits").test, (8, 8), 50)[1])
+    split = load_data("digits").test
+    np.testing.assert_array_equal(test[1], spread_images(split, (8, 8), split.count)[1][:50])
     knn = np.mean(knn_classes(*train, test[0], 10, 20) == test[1])
     assert result.knn["accuracy"] == pytest.approx(knn)
     assert result.logistic == logistic_regression(train, validation, test)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from keras_vit import ViTConfig, build_vit, cli
 from keras_vit.data import load_data
-from keras_vit.data.pipeline import first_images
+from keras_vit.data.pipeline import spread_images
 from keras_vit.training import (
     DistributedModel,
     Recipe,
@@ -179,7 +179,7 @@ def test_averages_over_more_steps_than_there_are():
 
 
 def test_the_averages_are_validated_and_kept(uninterrupted):
-    images, labels = first_images(uninterrupted.data().validation, (8, 12), 10_000)
+    images, labels = spread_images(uninterrupted.data().validation, (8, 12), 10_000)
     one_hot = np.eye(10, dtype="float32")[labels]
     rows = history(uninterrupted.folder)
     best = uninterrupted.info["results"]["best_epoch"] - 1

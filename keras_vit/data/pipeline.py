@@ -83,8 +83,11 @@ def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 
     return untuned(batches.prefetch(PREFETCHED))
 
 
-def first_images(split, image_size, count):
-    """The first images of a split as arrays.
+def spread_images(split, image_size, count):
+    """Images from all over a split as arrays, always the same ones, in order.
+
+    One is drawn from each of `count` equal parts: a split may be sorted by class, or its classes
+    may take turns.
 
     Args:
         split: A `Split`.
@@ -94,7 +97,9 @@ def first_images(split, image_size, count):
     Returns:
         uint8 images `(N, H, W, 3)` and int labels `(N,)`.
     """
-    return _read(split, image_size, min(count, split.count))
+    count = min(count, split.count)
+    edges = np.arange(count + 1) * split.count // count
+    return _read(split, image_size, np.random.default_rng(0).integers(edges[:-1], edges[1:]))
 
 
 def sample_ids(step, batch_size, count, seed):
@@ -184,7 +189,7 @@ def training_batches(
     first, size = _part(batch_size, shard)
     in_memory = _fits_in_memory(split, image_size)
     if in_memory:
-        split = array_split(*_read(split, image_size, split.count))
+        split = array_split(*_read(split, image_size, np.arange(split.count)))
 
     def samples(step):
         positions = step * batch_size + first + tf.range(size, dtype=tf.int64)
@@ -223,10 +228,11 @@ def _fits_in_memory(split, image_size):
     return small and split.count * _image_bytes(image_size) <= CACHE_BYTES
 
 
-def _read(split, image_size, count):
-    """The first images of a split, at the model's size, and their labels, as arrays."""
+def _read(split, image_size, indices):
+    """The images of a split at these indices, at the model's size, and their labels, as arrays."""
+    count = len(indices)
     images, labels = np.empty((count, *image_size, 3), np.uint8), np.empty(count, np.int32)
-    resized = _resized(tf.data.Dataset.range(count), split, image_size)
+    resized = _resized(tf.data.Dataset.from_tensor_slices(indices), split, image_size)
     batches = untuned(resized.batch(_READ_AT_ONCE))
     read = (pair for batch in batches.as_numpy_iterator() for pair in zip(*batch, strict=True))
     for index, (image, label) in enumerate(progress(read, "Reading images", count)):
