@@ -69,8 +69,10 @@ def quantize_within(
         images: array (N, H, W, C) that neither trained nor calibrated the model.
         labels: int array `(N,)`.
         max_drop: how many percent of the images may be lost, in [0, 100].
-        min_agreement: for how large a share of the images, in [0, 1], the file has to name the
-            class that the float file names.
+        min_agreement: for how large a share of images like these, a in [0, 1], the file has to
+            name the class that the float file names. Of these N images that is asked of a share
+            larger by one standard error, sqrt(a (1 - a) / N): else, of files that just hold it
+            here, half would not hold it on others.
         ratios: what `sensitivity` returned.
         advance: called after every file that was tried.
 
@@ -81,6 +83,8 @@ def quantize_within(
     Raises:
         AccuracyLost: if no number of layers suffices.
     """
+    error = np.sqrt(min_agreement * (1 - min_agreement) / len(images))
+    required = min(1.0, min_agreement + error)
     expected = run(source.content, images).argmax(axis=-1)
     worst = sorted(source.layers(mode), key=lambda layer: ratios[layer.name])
     drops, agreements = [], []
@@ -93,7 +97,7 @@ def quantize_within(
         drops.append(100 * (np.mean(expected == labels) - np.mean(classes == labels)))
         agreements.append(np.mean(classes == expected))
         advance()
-        holds = drops[-1] <= max_drop + 1e-9 and agreements[-1] >= min_agreement
+        holds = drops[-1] <= max_drop + 1e-9 and agreements[-1] >= required
         return content if holds else None
 
     precisions = {}
@@ -118,7 +122,7 @@ def quantize_within(
         raise AccuracyLost(
             f"Mode {mode!r} cannot keep the accuracy, with no layer of those it can leave at a "
             f"higher precision. Expected: a drop of at most max_drop={max_drop} points, and the "
-            f"float32 file's class for {min_agreement:.2%} of the images. Received: "
+            f"float32 file's class for {required:.2%} of the images. Received: "
             f"{min(drops):.2f} points at the least and {max(agreements):.2%} at the most, of "
             f"{len(images)} images."
         )

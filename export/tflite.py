@@ -101,8 +101,10 @@ def export_tflite(
         max_drop: how many percent of the held-out images a quantized file may get wrong more than
             the float32 one. Where a mode loses more, the layers that cost most get a higher
             precision, as few as hold it; the report says what each layer costs, and which did.
-        min_agreement: for how large a share of the held-out images, in [0, 1], the file must also
-            name the float32 file's class; with `max_drop`. None: what `LIMITS` has for the mode.
+        min_agreement: for how large a share of images, a in [0, 1], the file must also name the
+            float32 file's class; with `max_drop`. None: what `LIMITS` has for the mode. Of the N
+            held-out images it must for one standard error more, sqrt(a (1 - a) / N), so that it
+            most likely does for others, too.
         overwrite: whether an existing file may be replaced.
 
     Returns:
