@@ -131,7 +131,7 @@ def _endpoints(model, labels, top):
     """The signatures that a float32 model can answer, as `write_endpoints` takes them."""
     endpoints = {"serving_default": _logits_endpoint(model)}
     several = model.outputs[0].shape[-1] > 1  # of one, a softmax is always 1
-    if takes_pixels(model) and several and not _is_headless(model):
+    if takes_pixels(model) and several and not is_headless(model):
         endpoints["serve_bytes"] = _bytes_endpoint(model, labels, top)
     extractor = _feature_extractor(model)
     if extractor is not None:
@@ -273,7 +273,7 @@ def _heads(model):
     return named or dense[-1:]
 
 
-def _is_headless(model):
+def is_headless(model):
     """Whether nothing with weights comes after the features of a `build_vit` model."""
     operations = list(_operations(model))
     if not any(isinstance(operation, PatchEncoder) for operation in operations):
@@ -287,7 +287,7 @@ def _feature_extractor(model):
 
     They are what the head takes, the mean of both where there are two heads.
     """
-    if _is_headless(model):
+    if is_headless(model):
         return model
     heads, features = _heads(model), []
 

@@ -27,6 +27,7 @@ from .saved_model import (
     check_target,
     ends_in_softmax,
     gives_logits,
+    is_headless,
     normalizes,
     write_endpoints,
 )
@@ -92,7 +93,8 @@ def export_tflite(
             `dynamic_int8` is nearer to the model with them, `fp32` and `fp16` take no notice; the
             others need them.
         labels: optional sequence of class names, written into the file and the report.
-        activation: "softmax" puts one behind the model's logits; None leaves them as they are.
+        activation: "softmax" puts one behind the model's logits, of two classes or more; None
+            leaves them as they are.
         io_dtype: "float32", or "uint8" or "int8", with the modes for NPUs: type of the images and
             of the output. The file says what an integer stands for (scale and zero point); pixels
             are fed to uint8 as they are, if the model normalises them itself.
@@ -113,7 +115,8 @@ def export_tflite(
     Raises:
         TypeError: if `model` is not a `keras.Model`, `labels` are not strings, or the labels of
             `held_out` are not integers.
-        ValueError: if `mode` or `activation` is unknown, `path` has another suffix or exists, the
+        ValueError: if `mode` or `activation` is unknown, `activation` or `max_drop` are given for
+            a model of one output or without a head, `path` has another suffix or exists, the
             model has several inputs or outputs, sizes that are not static, quantized weights or
             2 GiB of them, the number of `labels` is not the number of classes, the calibration
             images are missing, of another shape, not finite, or in [0, 1] where the model takes
@@ -130,6 +133,13 @@ def export_tflite(
             f'`activation` must be None or "softmax". Received: activation={activation!r}.'
         )
     check_model(model)
+    has_classes = model.outputs[0].shape[-1] > 1 and not is_headless(model)
+    for name, value in (("activation", activation), ("max_drop", max_drop)):
+        if value is not None and not has_classes:
+            raise ValueError(
+                f"`{name}` must be None for a model of one output or without a head. Received: "
+                f"{name}={value!r} and a model of {model.outputs[0].shape[-1]} outputs."
+            )
     if activation is not None and not gives_logits(model):
         raise ValueError(
             "`activation` must be None for a model that ends in a softmax or sigmoid. Received: "

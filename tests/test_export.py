@@ -400,6 +400,42 @@ def test_verify_compares_probabilities_with_those_of_the_model(model, files, tmp
     assert result.rows[2].max_error < 1e-5
 
 
+@pytest.mark.parametrize("classes", [0, 1], ids=["features", "one output"])
+def test_verify_measures_models_without_classes(tmp_path, classes):
+    """The largest output of them says nothing: any file would agree."""
+    model, path = build(num_classes=classes), tmp_path / "model.tflite"
+    export.export_tflite(model, path, mode="dynamic_int8")
+    images = random_images(30)
+    result = export.verify(model, {"dynamic_int8": path}, images, rounds=0)
+    result.check()
+    row = result.rows[1]
+    assert row.agreement is None
+    outputs = np.concatenate([logits_of(path, image[None]) for image in images])
+    expected = model.predict(images.astype("float32"), verbose=0)
+    errors = np.square(outputs - expected).sum() / np.square(expected - expected.mean(0)).sum()
+    assert row.relative_error == pytest.approx(np.sqrt(errors), rel=1e-3)
+    assert 0.003 < row.relative_error < 0.1
+    other = build(seed=4, num_classes=classes)
+    for mode in ("fp16", "dynamic_int8", "int8_mixed", "int4", "int8_full", "a16w8"):
+        result = export.verify(other, {mode: path}, images, rounds=0)
+        with pytest.raises(ValueError, match=rf"{mode}: the outputs differ from the model's by"):
+            result.check()
+    with pytest.raises(ValueError, match=r"`labels` must be None for.*shape \(30, "):
+        export.verify(model, {"fp32": path}, images, np.zeros(30, int), rounds=0)
+
+
+def test_relative_error_of_a_case_by_hand():
+    expected = np.array([[41.0], [39.0], [42.0], [38.0]])
+    relative_error = export.verification._relative_error
+    assert relative_error(expected + [[1.0], [0.0], [0.0], [0.0]], expected) == pytest.approx(
+        1 / np.sqrt(10)
+    )
+    assert relative_error(np.full((4, 1), 40.0), expected) == 1
+    assert relative_error(expected[:1] * 1.5, expected[:1]) == 0.5
+    assert relative_error(np.full((4, 1), np.nan), expected) == np.inf
+    assert relative_error(expected[:2] * 0, expected[:2] * 0) == 0
+
+
 def test_verify_compares_any_files(files):
     files = {"small": files["dynamic_int8"], "half": files["fp16"]}
     limits = {"half": export.Limit(agreement=0.9, error=1e-9)}
@@ -550,6 +586,18 @@ def test_other_backend(model, tmp_path, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(ValueError, match=r"TensorFlow backend. Received: backend='jax'"):
         export.export_saved_model(model, tmp_path / "model")
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+@pytest.mark.parametrize(
+    "arguments", [{"activation": "softmax"}, {"max_drop": 1}], ids=lambda values: next(iter(values))
+)
+def test_what_takes_classes_is_refused_without(tmp_path, classes, arguments):
+    """Of one output the softmax is 1, whatever the image."""
+    match = rf"`{next(iter(arguments))}` must be None for a model of one output or without a head"
+    with pytest.raises(ValueError, match=match):
+        export.export_tflite(build(num_classes=classes), tmp_path / "model.tflite", **arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_mode(model, tmp_path):
