@@ -20,19 +20,22 @@ def as_float32(model):
         model: functional `keras.Model`.
 
     Returns:
-        A `keras.Model` with the same weights, one tensor in and one out, all of whose layers
-        compute in float32.
+        A `keras.Model` with the same weights, one float32 tensor in and one out, all of whose
+        layers compute in float32.
     """
     # The same layers as a plain functional model: a Sequential or a named output has no place in
     # what follows, and a compiled model would have its copy compiled.
     model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    images = keras.Input(model.inputs[0].shape[1:], name=model.inputs[0].name, dtype="float32")
     if all(_is_float32(layer) for layer in model.layers):
-        return model
+        if model.inputs[0].dtype == "float32":
+            return model
+        return keras.models.clone_model(model, images, clone_function=lambda layer: layer)
     policy = keras.config.dtype_policy()
     # For layers that a layer creates without handing on its own policy.
     keras.config.set_dtype_policy("float32")
     try:
-        copy = keras.models.clone_model(model, clone_function=_clone_in_float32)
+        copy = keras.models.clone_model(model, images, clone_function=_clone_in_float32)
     finally:
         keras.config.set_dtype_policy(policy)
     if len(copy.weights) == len(model.weights):  # LoRA has more

@@ -300,6 +300,40 @@ def test_as_float32_copies_a_model_of_any_keras_layers(policy, name):
     assert model.dtype_policy.name == name
 
 
+def without_input(_):
+    """Of whose input Keras makes the dtype that of the policy."""
+    layers = [keras.layers.Conv2D(4, 3), keras.layers.GlobalAveragePooling2D()]
+    model = keras.Sequential([*layers, keras.layers.Dense(7)])
+    model.build((None, *IMAGE_SHAPE))
+    return model
+
+
+def with_input(dtype):
+    images = keras.Input(IMAGE_SHAPE, dtype=dtype)
+    x = keras.layers.Rescaling(1 / 255)(images)
+    return keras.Model(images, keras.layers.Dense(7)(keras.layers.GlobalAveragePooling2D()(x)))
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype_policy", "dtype"),
+    [
+        (without_input, "mixed_bfloat16", "bfloat16"),
+        (with_input, "float32", "uint8"),
+        (with_input, "mixed_bfloat16", "uint8"),
+    ],
+)
+def test_as_float32_takes_float32(policy, make, dtype_policy, dtype):
+    policy(dtype_policy)
+    model = randomise(make(dtype), seed=3)
+    assert model.inputs[0].dtype == dtype
+    copy = export.precision.as_float32(model)
+    assert copy.inputs[0].dtype == "float32"
+    policy("float32")
+    images = random_images(3) + np.float32(0.3)  # which half precision or an integer rounds
+    expected = randomise(make("float32"), seed=3)(images)
+    np.testing.assert_allclose(copy(images), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_as_float32_leaves_the_layers_of_a_float32_model_alone(model):
     result = export.precision.as_float32(model)
     assert [*map(id, result.layers)] == [*map(id, model.layers)]
