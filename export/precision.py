@@ -22,7 +22,15 @@ def as_float32(model):
     Returns:
         A `keras.Model` with the same weights, one float32 tensor in and one out, all of whose
         layers compute in float32.
+
+    Raises:
+        ValueError: if the model's class has a `call` of its own.
     """
+    if not is_of_layers(model):
+        raise ValueError(
+            "`model` must compute what its layers do, from its inputs to its outputs. Received: a "
+            f"{type(model).__name__}, whose class has a `call` of its own."
+        )
     # The same layers as a plain functional model: a Sequential or a named output has no place in
     # what follows, and a compiled model would have its copy compiled.
     model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
@@ -47,6 +55,11 @@ def as_float32(model):
         model.save_weights(path)
         copy.load_weights(path)
     return copy
+
+
+def is_of_layers(model):
+    """Whether a model is functional or Sequential, with no `call` of its own class."""
+    return type(model).call.__module__.partition(".")[0] == "keras"
 
 
 def _is_float32(layer):

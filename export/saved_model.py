@@ -14,7 +14,7 @@ from keras_vit.layers import PatchEncoder
 
 from .decoding import decode_image
 from .metadata import check_class_names
-from .precision import as_float32
+from .precision import as_float32, is_of_layers
 from .report import ExportReport, TensorInfo
 
 # Which layer with weights may be the last one of a model of `build_vit` without a head.
@@ -35,6 +35,10 @@ _KEEP_THE_RANGE = (
     keras.layers.Cropping2D,
     keras.layers.ZeroPadding2D,
 )
+# What may stand behind the activation that a model ends in. Before a merge of several heads stands
+# the last one, which speaks for all.
+_LOOKED_THROUGH = ("identity", "reshape", "flatten", "cast", "dropout")
+_LOOKED_THROUGH += ("concatenate", "average", "add")
 
 
 def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
@@ -77,8 +81,9 @@ def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
 
     Raises:
         TypeError: if `model` is not a `keras.Model`, or `labels` are not strings.
-        ValueError: if `path` exists, the model has several inputs or outputs or sizes that are
-            not static, the number of `labels` is not the number of classes, or `top` is below 1.
+        ValueError: if `path` exists, the model has several inputs or outputs, sizes that are not
+            static or a `call` of its own class, the number of `labels` is not the number of
+            classes, or `top` is below 1.
         OSError: if the disk is full, say. What was at `path` is still there then.
     """
     check_model(model)
@@ -153,6 +158,7 @@ def _bytes_endpoint(model, labels, top):
     image_size = tuple(model.inputs[0].shape[1:3])
     classes = model.outputs[0].shape[-1]
     names = [str(index) for index in range(classes)] if labels is None else list(labels)
+    is_logits = gives_logits(model)
 
     def read(data):
         return resize(decode_image(data), image_size)
@@ -162,7 +168,7 @@ def _bytes_endpoint(model, labels, top):
         with tf.device("CPU:0"):  # a GPU would get each byte that is looked at on its own
             images = tf.map_fn(read, encoded, fn_output_signature=pixels)
         scores = tf.cast(model(tf.cast(images, tf.float32), training=False), tf.float32)
-        probabilities = tf.nn.softmax(scores) if gives_logits(model) else scores
+        probabilities = tf.nn.softmax(scores) if is_logits else scores
         probabilities, indices = tf.math.top_k(probabilities, k=min(top, classes))
         return {
             "probabilities": probabilities,
@@ -219,9 +225,12 @@ def check_pixels(name, images, model):
 
 
 def _operations(model):
-    """The layers and the functions of keras.ops of a model and of those within it, in order."""
+    """The layers and the functions of keras.ops of a model and of those within it, in order.
+
+    A model whose class has a `call` of its own is one of them: its layers may be in any order.
+    """
     for operation in getattr(model, "operations", model.layers):
-        if isinstance(operation, keras.Model):
+        if isinstance(operation, keras.Model) and is_of_layers(operation):
             yield from _operations(operation)
         else:
             yield operation
@@ -250,16 +259,22 @@ def _last_activation(model):
         kind = type(operation).__name__.lower()  # of a layer, or of a function of keras.ops
         if kind in ("softmax", "sigmoid"):
             return kind
+        if isinstance(operation, keras.Model):  # only its outputs say what it ends in
+            return "softmax" if _sums_to_one(model) else None
         activation = getattr(operation, "activation", None)
         name = getattr(activation, "__name__", None)
         if name in ("softmax", "sigmoid"):
             return name
-        changes_nothing = kind in ("identity", "reshape", "flatten", "cast", "dropout") or (
-            kind == "activation" and name == "linear"
-        )
-        if not changes_nothing:
+        if kind not in _LOOKED_THROUGH and not (kind == "activation" and name == "linear"):
             return None
     return None
+
+
+def _sums_to_one(model):
+    """Whether a model gives probabilities for images of noise."""
+    noise = np.random.default_rng(0).uniform(0, 255, (2, *model.inputs[0].shape[1:]))
+    outputs = np.asarray(model(noise.astype("float32"), training=False), "float32")
+    return bool(np.all(outputs >= 0) and np.allclose(outputs.sum(axis=-1), 1, atol=0.01))
 
 
 def _heads(model):

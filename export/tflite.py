@@ -117,12 +117,12 @@ def export_tflite(
             `held_out` are not integers.
         ValueError: if `mode` or `activation` is unknown, `activation` or `max_drop` are given for
             a model of one output or without a head, `path` has another suffix or exists, the
-            model has several inputs or outputs, sizes that are not static, quantized weights or
-            2 GiB of them, the number of `labels` is not the number of classes, the calibration
-            images are missing, of another shape, not finite, or in [0, 1] where the model takes
-            [0, 255], `io_dtype` does not go with the mode, `held_out` is missing or does not fit
-            the model, `min_agreement` is not in [0, 1], or no choice of layers holds it and
-            `max_drop`.
+            model has several inputs or outputs, sizes that are not static, a `call` of its own
+            class, quantized weights or 2 GiB of them, the number of `labels` is not the number of
+            classes, the calibration images are missing, of another shape, not finite, or in
+            [0, 1] where the model takes [0, 255], `io_dtype` does not go with the mode,
+            `held_out` is missing or does not fit the model, `min_agreement` is not in [0, 1], or
+            no choice of layers holds it and `max_drop`.
         RuntimeError: if the conversion fails.
         OSError: if the disk is full, say. What was at `path` is still there, whatever fails.
     """

@@ -16,6 +16,8 @@ import keras_vit
 from keras_vit import export
 from keras_vit.data import decode_image
 from keras_vit.export import decoding
+from keras_vit.export.saved_model import ends_in_softmax, gives_logits
+from keras_vit.training import DistributedModel
 from keras_vit.training.evaluation import predict
 
 IMAGE_SHAPE = (24, 40, 3)
@@ -499,6 +501,73 @@ def test_no_softmax_comes_after_a_sigmoid(tmp_path):
     served = export_signatures(model, tmp_path / "saved", top=5)["serve_bytes"]
     expected = np.sort(model.predict(image[None].astype("float32"), verbose=0))[:, ::-1]
     np.testing.assert_allclose(served([encode(image, "PNG")])["probabilities"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("merge", ["Average", "Concatenate", "Add"])
+def test_what_several_heads_give(merge):
+    vit = build(num_classes=0)
+    for activation, kind in (
+        (None, (True, False)),
+        ("softmax", (False, True)),
+        ("sigmoid", (False, False)),
+    ):
+        heads = [keras.layers.Dense(5, activation=activation)(vit.output) for _ in range(2)]
+        model = keras.Model(vit.input, getattr(keras.layers, merge)()(heads))
+        assert (gives_logits(model), ends_in_softmax(model)) == kind
+
+
+class OwnCall(keras.Model):
+    """Its layers are in an order, and of a number, that say nothing of what it computes."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.scale = keras.layers.Rescaling(1 / 255)
+        self.head = keras.layers.Dense(5)
+        self.last = keras.layers.Activation(activation)
+        self.hidden = keras.layers.Dense(7, activation="softmax")
+        self.pool = keras.layers.GlobalAveragePooling2D()
+
+    def call(self, x):
+        return self.last(self.head(self.hidden(self.pool(x))))
+
+
+@pytest.mark.parametrize("activation", ["softmax", "linear"])
+def test_models_that_call_as_they_like(tmp_path, activation):
+    before = [keras.Input(IMAGE_SHAPE), keras.layers.Rescaling(1 / 255)]
+    model = randomise(keras.Sequential([*before, OwnCall(activation)]))
+    served = export_signatures(model, tmp_path / "pixels", top=5)["serve_bytes"]
+    image = np.random.default_rng(0).integers(0, 256, IMAGE_SHAPE, "uint8")
+    scores = model.predict(image[None].astype("float32"), verbose=0)
+    expected = np.asarray(keras.ops.softmax(scores)) if activation == "linear" else scores
+    found = served([encode(image, "PNG")])["probabilities"]
+    np.testing.assert_allclose(found, np.sort(expected)[:, ::-1], rtol=1e-5)
+    images = keras.Input(IMAGE_SHAPE)  # in whatever range
+    model = keras.Model(images, OwnCall(activation)(images))
+    assert "serve_bytes" not in export_signatures(model, tmp_path / "other")
+
+
+class Sharpened(keras.Model):
+    """Functional, but for what it adds."""
+
+    def call(self, images, training=None):
+        return 3 * super().call(images, training=training)
+
+
+def test_functional_models_with_a_call_of_their_own_are_refused(tmp_path):
+    vit = build()
+    model = Sharpened(vit.input, vit.output)
+    match = r"must compute what its layers do.*Received: a Sharpened.*`call` of its own"
+    with pytest.raises(ValueError, match=match):
+        export.export_saved_model(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match=match):
+        export.export_tflite(model, tmp_path / "model.tflite", mode="fp32")
+    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / "model.tflite"
+    export.export_tflite(vit, path, mode="fp32")
+    with pytest.raises(ValueError, match=match):
+        export.verify(model, {"fp32": path}, np.zeros((2, *IMAGE_SHAPE)), rounds=0)
+    model = DistributedModel(vit.input, vit.output)
+    export.export_tflite(model, tmp_path / "distributed.tflite", mode="fp32")
 
 
 def with_head_of_layers():
