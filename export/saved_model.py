@@ -48,7 +48,7 @@ def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
     model:
 
     - `serving_default`: float32 `images` (B, height, width, channels) -> float32 `logits`
-      (B, classes).
+      (B, classes), or `probabilities` of a model that ends in a softmax or sigmoid.
     - `serve_bytes`: string `encoded` (B,), JPEG or PNG data of any sizes -> the k most likely
       classes, the most likely first: float32 `probabilities` (B, k), string `classes` (B, k) and
       int32 `indices` (B, k). The images are decoded (see `decode_image`) and resized as in
@@ -98,7 +98,7 @@ def export_saved_model(model, path, *, labels=None, top=5, overwrite=False):
         mode="saved_model",
         labels=labels,
         input=TensorInfo("images", (None, *model.inputs[0].shape[1:]), "float32"),
-        output=TensorInfo("logits", (None, *model.outputs[0].shape[1:]), "float32"),
+        output=TensorInfo(output_name(model), (None, *model.outputs[0].shape[1:]), "float32"),
         ops={},
     )
 
@@ -134,7 +134,7 @@ def _quiet_tensorflow():
 
 def _endpoints(model, labels, top):
     """The signatures that a float32 model can answer, as `write_endpoints` takes them."""
-    endpoints = {"serving_default": _logits_endpoint(model)}
+    endpoints = {"serving_default": _outputs_endpoint(model)}
     several = model.outputs[0].shape[-1] > 1  # of one, a softmax is always 1
     if takes_pixels(model) and several and not is_headless(model):
         endpoints["serve_bytes"] = _bytes_endpoint(model, labels, top)
@@ -144,12 +144,12 @@ def _endpoints(model, labels, top):
     return endpoints
 
 
-def _logits_endpoint(model):
-    spec = _images_spec(model)
+def _outputs_endpoint(model):
+    spec, name = _images_spec(model), output_name(model)
 
     def serve(images):
         images = tf.ensure_shape(images, spec.shape)  # which a signature does not do by itself
-        return {"logits": tf.cast(model(images, training=False), tf.float32)}
+        return {name: tf.cast(model(images, training=False), tf.float32)}
 
     return serve, spec
 
@@ -251,6 +251,11 @@ def ends_in_softmax(model):
 def gives_logits(model):
     """Whether a model ends in neither a softmax nor a sigmoid."""
     return _last_activation(model) is None
+
+
+def output_name(model):
+    """What a signature calls the outputs of a model."""
+    return "logits" if gives_logits(model) else "probabilities"
 
 
 def _last_activation(model):

@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import warnings
 
 import numpy as np
 import tensorflow as tf
@@ -29,6 +30,7 @@ from .saved_model import (
     gives_logits,
     is_headless,
     normalizes,
+    output_name,
     write_endpoints,
 )
 from .verification import LIMITS
@@ -61,8 +63,9 @@ def export_tflite(
     """Exports a Keras classifier as a `.tflite` file for LiteRT.
 
     The file holds the signature `serving_default`: float32 `images` (1, height, width, channels)
-    -> float32 (1, classes), named `logits`, or `probabilities` behind a softmax, whatever the
-    dtype policy of the model. It uses builtin operations only, so it needs no Flex delegate.
+    -> float32 (1, classes), named `logits`, or `probabilities` behind a softmax or sigmoid, this
+    function's or the model's own, whatever the dtype policy of the model. It uses builtin
+    operations only, so it needs no Flex delegate.
 
     | mode           | weights                   | arithmetic on a CPU                     | size |
     |----------------|---------------------------|-----------------------------------------|------|
@@ -78,7 +81,7 @@ def export_tflite(
 
     A model of `build_vit`, with its own head or another, and a model that has one as a layer, are
     written anew for it (see `graph.py`): one piece for a delegate, at most rank 4. Other Keras
-    models are converted layer by layer; the report's `note` says so.
+    models are converted layer by layer; a warning and the report's `note` say so.
 
     A model that normalises pixels in [0, 255] itself also gets metadata. Of RGB models MediaPipe's
     ImageClassifier reads it; it reports the outputs as scores, so give it `activation="softmax"`.
@@ -125,6 +128,9 @@ def export_tflite(
             no choice of layers holds it and `max_drop`.
         RuntimeError: if the conversion fails.
         OSError: if the disk is full, say. What was at `path` is still there, whatever fails.
+
+    Warns:
+        UserWarning: the model is converted layer by layer.
     """
     if mode not in MODES:
         raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}.")
@@ -161,6 +167,7 @@ def export_tflite(
         raise ValueError(f"`path` must end in `.tflite`. Received: path='{path}'.")
     check_target(path, overwrite, pathlib.Path.is_file, "a file")
     job = {"mode": mode, "activation": activation, "io_dtype": io_dtype, "max_drop": max_drop}
+    job["output"] = output_name(model) if activation is None else "probabilities"
     job["gives_probabilities"] = activation is not None or ends_in_softmax(model)
     job["min_agreement"] = LIMITS[mode].agreement if min_agreement is None else min_agreement
     _check_io_dtype(io_dtype, mode)
@@ -176,6 +183,8 @@ def export_tflite(
         )
     with full_float32():
         deployment = _for_mode(deploy(as_float32(model)), mode, arrays["images"])
+    if deployment.note:
+        warnings.warn(f"{path}: {deployment.note}.", stacklevel=2)
     with replacing(path) as output:
         job["normalizes"] = normalizes(model)
         measured = _write(deployment, output, job, arrays)
@@ -307,8 +316,7 @@ def _write(deployment, output, job, arrays):
 
     def serve(images):
         y = tf.cast(deployment(images), tf.float32)
-        is_softmax = job["activation"] == "softmax"
-        return {"probabilities": tf.nn.softmax(y)} if is_softmax else {"logits": y}
+        return {job["output"]: y if job["activation"] is None else tf.nn.softmax(y)}
 
     shape = (1, *deployment.model.inputs[0].shape[1:])
     with tempfile.TemporaryDirectory() as name:

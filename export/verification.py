@@ -25,7 +25,7 @@ from .report import (
     three_digits,
     write_new_text,
 )
-from .saved_model import check_pixels, is_headless
+from .saved_model import check_pixels, is_headless, output_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Verification:
 
     @property
     def notes(self):
-        """Sentences about the layers that quantization costs most, and what became of them."""
+        """Sentences about what is not as it could be, and the layers that quantizing costs most."""
         reports = ((name, report) for name, report in self.exports.items() if report)
         return tuple(note for name, report in reports for note in _notes(name, report))
 
@@ -270,6 +270,8 @@ def _cell(value, form):
 
 
 def _notes(name, report):
+    if report.note:
+        yield f"{name}: {report.note}."
     if report.fallback:
         layers = (f"{layer} ({precision})" for layer, precision in report.fallback.items())
         yield f"{name}: left at a higher precision are {', '.join(layers)}."
@@ -304,10 +306,10 @@ def verify(
         model: the `keras.Model`, or the path of a file, that the others are compared with. A
             model of another dtype policy computes in float32 here, as its files do.
         files: mapping of names to paths. A path is a SavedModel folder or a `.tflite` file with
-            one input (1, H, W, C) and one output (1, classes), of float32, uint8 or int8; if the
-            output is named `probabilities`, it is compared with the softmax of the model's
-            logits. A name that `limits` has must keep to that limit; for any other name it is
-            enough that all outputs are finite.
+            one input (1, H, W, C) and one output (1, classes), of float32, uint8 or int8; an
+            output named `probabilities` is compared with the softmax of the model's logits, if
+            the model gives these. A name that `limits` has must keep to that limit; for any other
+            name it is enough that all outputs are finite.
         images: float or uint8 array (N, H, W, C), as the model takes them.
         labels: optional integer array (N,) of classes, for the accuracies.
         limits: mapping of names to `Limit`.
@@ -508,11 +510,21 @@ def _alike(path, outputs, model, expected):
 
 
 def _gives_probabilities(source):
-    """Whether it is a `.tflite` file that was exported with a softmax behind the logits."""
-    if isinstance(source, keras.Model) or pathlib.Path(source).suffix != ".tflite":
-        return False
-    signatures = Interpreter(model_path=str(source)).get_signature_list()
-    return any(signature["outputs"] == ["probabilities"] for signature in signatures.values())
+    """Whether a model ends in a softmax or sigmoid, or a file names its output so."""
+    if isinstance(source, keras.Model):
+        return output_name(source) == "probabilities"
+    return _output_names(pathlib.Path(source)) == ["probabilities"]
+
+
+def _output_names(path):
+    """The names of what `serving_default` of a file gives."""
+    if path.is_dir():
+        from tensorflow.core.protobuf import saved_model_pb2
+
+        graphs = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
+        return list(graphs.meta_graphs[0].signature_def["serving_default"].outputs)
+    signatures = Interpreter(model_path=str(path)).get_signature_list()
+    return signatures.get("serving_default", {"outputs": []})["outputs"]
 
 
 def _softmax(logits):

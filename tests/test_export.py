@@ -434,6 +434,33 @@ def test_verify_compares_probabilities_with_those_of_the_model(model, files, tmp
     assert result.rows[2].max_error < 1e-5
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_outputs_are_named_by_what_they_are(model, files, tmp_path, activation):
+    """Of a model with a softmax of its own, which no comparison makes another one of."""
+    own = keras.Model(model.input, keras.layers.Activation(activation)(model.output))
+    paths = {"saved_model": tmp_path / "saved", "fp32": tmp_path / "model.tflite"}
+    reports = [
+        export.export_saved_model(own, paths["saved_model"]),
+        export.export_tflite(own, paths["fp32"], mode="fp32"),
+    ]
+    images = random_images(9)
+    result = export.verify(own, paths, images, rounds=0)
+    assert max(row.max_error for row in result.rows[1:]) < 1e-5
+    result = export.verify(paths["fp32"], {"other": paths["saved_model"]}, images, rounds=0)
+    assert result.rows[1].max_error < 1e-5
+    for report in reports:
+        assert report.output.name == "probabilities"
+    assert list(
+        Interpreter(str(paths["fp32"])).get_signature_runner()(images=images[:1].astype("float32"))
+    ) == ["probabilities"]
+    if activation == "softmax":
+        result = export.verify(own, {"fp32": files["fp32"]}, images, rounds=0)
+        assert result.rows[1].max_error < 1e-5
+        path = tmp_path / "softmax.tflite"
+        export.export_tflite(model, path, mode="fp32", activation="softmax")
+        assert export.verify(own, {"fp32": path}, images, rounds=0).rows[1].max_error < 1e-5
+
+
 @pytest.mark.parametrize("classes", [0, 1], ids=["features", "one output"])
 def test_verify_measures_models_without_classes(tmp_path, classes):
     """The largest output of them says nothing: any file would agree."""

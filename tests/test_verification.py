@@ -25,10 +25,9 @@ def report(mode, **fields):
         output=TensorInfo("logits", (1, 7), "float32"),
         ops={"ADD": 3},
         labels=None,
-        note=None,
         command="export it",
         versions={},
-        **fields,
+        **{"note": None, **fields},
     )
 
 
@@ -117,6 +116,13 @@ def test_markdown_says_what_fell_back_and_what_is_sensitive(verification):
     )
     assert "block_0/qkv 20.0 dB" in worst
     assert dataclasses.replace(verification, exports={}).notes == ()
+
+
+def test_markdown_has_the_notes_of_the_exports(verification):
+    exports = {"fp32": report("fp32", note="no model of build_vit was found in it")}
+    noted = dataclasses.replace(verification, exports=exports)
+    assert noted.notes == ("fp32: no model of build_vit was found in it.",)
+    assert "\n- fp32: no model of build_vit was found in it.\n" in noted.to_markdown()
 
 
 def test_json_has_all_of_it(verification, tmp_path):
