@@ -11,6 +11,7 @@ from keras_vit.model import vit_arguments
 
 from .folding import DeployModel, fold
 from .graph import forward
+from .precision import is_of_layers
 
 _BACKBONE = {"normalization", "stem", "patches", "patch_encoder", "encoder_norm", "pooled_norm"}
 _BACKBONE |= {"pooling", "distillation_pooling"}
@@ -55,12 +56,12 @@ def deploy(model):
         model: functional `keras.Model` in float32, images (B, H, W, C) -> (B, classes).
 
     Returns:
-        A `Deployment`. A model of `build_vit`, whatever its head, and a model that has one as a
-        layer get the deploy graph. Of any other, and where the graph does not give the model's
-        outputs, the note says what is lost.
+        A `Deployment`. A model of `build_vit`, whatever its head, and a model that has such a one
+        as a layer, at any depth, get the deploy graph. Of any other, and where the graph does not
+        give the model's outputs, the note says what is lost.
     """
     try:
-        deployment = _flat(model) if _is_vit(model) else _nested(model)
+        deployment = _found_in(model)
         error = deployment and _error(deployment)
     except (ValueError, KeyError):  # something else of the ViT is read; Keras 3.12 sees it late
         error = None
@@ -77,6 +78,15 @@ def deploy(model):
         note=f"the deploy graph differs from the model by {error:.1e} of the largest output: the "
         "model's layers are converted as they are, which may make the file slower",
     )
+
+
+def _found_in(model):
+    """The `Deployment` of a model that is a ViT or has one within it, or None."""
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        return None
+    # Functional: the layers of a Sequential cannot be wired anew.
+    model = keras.Model(model.inputs[0], model.outputs[0])
+    return _flat(model) if _is_vit(model) else _nested(model)
 
 
 def _is_vit(model):
@@ -115,17 +125,27 @@ def _flat(model):
 
 
 def _nested(model):
-    """Of a model that has one of `build_vit` among its layers, or None."""
-    vits = [layer for layer in model.layers if isinstance(layer, keras.Model) and _is_vit(layer)]
-    if len(vits) != 1 or {layer.name for layer in vits[0].layers} - _own_layers(vits[0]):
+    """Of a model that has one of the above among its layers, or within one of them, or None."""
+    layers = [each for each in model.layers if isinstance(each, keras.Model) and is_of_layers(each)]
+    found = {layer: inner for layer in layers if (inner := _found_in(layer)) is not None}
+    if len(found) != 1:
         return None
-    x, y, clone = _wired_anew(model, vits[0])
-    return Deployment(
-        model,
-        fold(vits[0]),
-        before=None if x is clone.input else keras.Model(clone.input, x),
-        after=None if y is clone.output else keras.Model(y, clone.output),
+    ((layer, inner),) = found.items()
+    x, y, clone = _wired_anew(model, layer)
+    before = None if x is clone.input else keras.Model(clone.input, x)
+    after = None if y is clone.output else keras.Model(y, clone.output)
+    before, after = (
+        _one_after_the_other(before, inner.before),
+        _one_after_the_other(inner.after, after),
     )
+    return Deployment(model, inner.vit, before, after)
+
+
+def _one_after_the_other(first, second):
+    """Two models, either of which may be None, as one."""
+    if first is None or second is None:
+        return first or second
+    return keras.Model(first.input, second(first.output))
 
 
 def _wired_anew(model, part):

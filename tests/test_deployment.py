@@ -291,6 +291,31 @@ def head_of_layers():
     return keras.Model(vit.input, head(vit.output))
 
 
+def nested_head_of_layers():
+    return keras.Sequential([keras.Input((*SIZE, 3)), head_of_layers()])
+
+
+def augmented():
+    """Its ViT is one with a head of its own."""
+    layers = [keras.layers.RandomFlip(), keras.layers.Rescaling(0.9), continued()]
+    return keras.Sequential([keras.Input((*SIZE, 3)), *layers])
+
+
+def two_sequentials_deep():
+    inner = keras.Sequential([keras.layers.Rescaling(0.9), build(0), keras.layers.Dense(7)])
+    outer = [keras.layers.Rescaling(0.8), inner, keras.layers.Dense(5)]
+    return keras.Sequential([keras.Input((*SIZE, 3)), *outer])
+
+
+def head_of_two_inputs():
+    vit = build(0)
+    ends = [keras.Input((vit.output_shape[-1],)) for _ in range(2)]
+    head = keras.Model(ends, keras.layers.Dense(5)(keras.layers.Add()(ends)))
+    images = keras.Input((*SIZE, 3))
+    x = vit(images)
+    return keras.Model(images, head([x, keras.ops.tanh(x)]))
+
+
 def called_by_name():
     images = keras.Input((*SIZE, 3))
     return keras.Model(images, keras.layers.Dense(5)(inputs=build(0)(inputs=images)))
@@ -301,6 +326,10 @@ def called_by_name():
     [
         nested,
         head_of_layers,
+        nested_head_of_layers,
+        augmented,
+        two_sequentials_deep,
+        head_of_two_inputs,
         called_by_name,
         continued,
         preprocessed,
@@ -327,10 +356,6 @@ def test_models_around_a_vit_get_the_deploy_graph(make, tmp_path):
     assert_alike(result, expected)
     assert report.note is None
     assert describe_graph(path).partitions == 1
-
-
-def nested_head_of_layers():
-    return keras.Sequential([keras.Input((*SIZE, 3)), head_of_layers()])
 
 
 def plain_model():
@@ -373,7 +398,6 @@ def changed_pixels():
     ("make", "note"),
     [
         (plain_model, "no model of build_vit was found"),
-        (nested_head_of_layers, "no model of build_vit was found"),
         (read_tokens, "no model of build_vit was found"),
         (one_head_of_two, "no model of build_vit was found"),
         (both_tokens_side_by_side, "no model of build_vit was found"),
