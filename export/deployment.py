@@ -134,11 +134,12 @@ def _nested(model):
     x, y, clone = _wired_anew(model, layer)
     before = None if x is clone.input else keras.Model(clone.input, x)
     after = None if y is clone.output else keras.Model(y, clone.output)
-    before, after = (
-        _one_after_the_other(before, inner.before),
-        _one_after_the_other(inner.after, after),
+    return Deployment(
+        model,
+        inner.vit,
+        before=_one_after_the_other(before, inner.before),
+        after=_one_after_the_other(inner.after, after),
     )
-    return Deployment(model, inner.vit, before, after)
 
 
 def _one_after_the_other(first, second):
