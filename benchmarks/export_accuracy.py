@@ -13,6 +13,7 @@ import argparse
 import pathlib
 
 import keras
+import numpy as np
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 
@@ -21,16 +22,27 @@ from keras_vit.data import load_data
 from keras_vit.data.pipeline import spread_images
 from keras_vit.export import MODES, export_tflite, verify
 
+_NEVER = -100.0  # logit of a class without images
 
-def with_linear_head(backbone, images, labels, c=0.01):
-    """The backbone and the best linear head on its features, of inverse regularisation `c`."""
+
+def with_linear_head(backbone, images, labels, num_classes, c=0.01):
+    """The backbone and the best linear head on its features, of inverse regularisation `c`.
+
+    A class without images is never named.
+    """
     features = backbone.predict(images)
     mean, deviation = features.mean(axis=0), features.std(axis=0)
     fitted = LogisticRegression(C=c, max_iter=300).fit((features - mean) / deviation, labels)
-    kernel = (fitted.coef_ / deviation).T
-    head = keras.layers.Dense(len(fitted.classes_), name="head")
+    coefficients, intercepts = fitted.coef_, fitted.intercept_
+    if len(fitted.classes_) == 2:  # of the second class alone, against the first
+        coefficients = np.concatenate([-coefficients, coefficients]) / 2
+        intercepts = np.concatenate([-intercepts, intercepts]) / 2
+    kernel, bias = np.zeros((features.shape[1], num_classes)), np.full(num_classes, _NEVER)
+    kernel[:, fitted.classes_] = (coefficients / deviation).T
+    bias[fitted.classes_] = intercepts - mean @ kernel[:, fitted.classes_]
+    head = keras.layers.Dense(num_classes, name="head")
     model = keras.Model(backbone.input, head(backbone.output))
-    head.set_weights([kernel, fitted.intercept_ - mean @ kernel])
+    head.set_weights([kernel, bias])
     return model
 
 
@@ -56,7 +68,7 @@ def main():
     backbone = from_checkpoint(
         arguments.weights, num_classes=0, image_size=size, normalization="imagenet"
     )
-    model = with_linear_head(backbone, images, labels)
+    model = with_linear_head(backbone, images, labels, data.num_classes)
     calibration, _ = spread_images(data.train, size, arguments.calibration_images)
     arguments.out.mkdir(parents=True)
     chosen_by = None

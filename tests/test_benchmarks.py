@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -464,3 +466,23 @@ def test_every_benchmark_says_how_to_run_it():
         if path.stem not in ("harness", "models"):
             doc = path.read_text(encoding="utf-8").split('"""')[1]
             assert f"python benchmarks/{path.name}" in doc
+
+
+@pytest.mark.parametrize("classes", [(0, 1), (1, 3), (0, 2, 3)])
+def test_linear_head_of_few_classes(classes):
+    """Logits of every class of four, whichever of them have images; those of scikit-learn."""
+    import keras
+    from export_accuracy import with_linear_head
+
+    rng = np.random.default_rng(0)
+    labels = rng.choice(classes, 80)
+    images = rng.normal(0, 1, (80, 3, 2, 5)) + np.eye(5)[labels][:, None, None]
+    inputs = keras.Input((3, 2, 5))
+    backbone = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(inputs))
+    model = with_linear_head(backbone, images, labels, 4)
+    found = np.asarray(keras.ops.softmax(model.predict(images, verbose=0)))
+    features = StandardScaler().fit_transform(images.mean(axis=(1, 2)))
+    fitted = LogisticRegression(C=0.01, max_iter=300).fit(features, labels)
+    expected = np.zeros((80, 4))
+    expected[:, classes] = fitted.predict_proba(features)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
