@@ -158,6 +158,19 @@ def test_image_classifier_names_the_class_that_keras_names(model, files, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_image_classifier_opens_what_is_exported(classifier, model, tmp_path, mode):
+    path = tmp_path / "model.tflite"
+    options = {"calibration": digits()[0][:64], "activation": "softmax", "labels": LABELS}
+    export.export_tflite(classifier, path, mode=mode, **options)
+    images, _ = unseen_digits(model, 20)
+    expected = model.predict(images.astype("float32"), verbose=0)
+    results = classify(path, images)
+    assert [r[0].category_name for r in results] == [LABELS[i] for i in expected.argmax(1)]
+    scores = [[c.score for c in sorted(r, key=lambda c: c.index)] for r in results]
+    np.testing.assert_allclose(scores, expected, atol=1e-5 if mode == "fp32" else 0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_image_classifier_resizes(model, files, mode):
     images, _ = unseen_digits(model, 20)
     expected = model.predict(images.astype("float32"), verbose=0).argmax(1)
