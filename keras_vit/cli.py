@@ -68,7 +68,7 @@ def main():
         if os.environ.get("KERAS_VIT_TRACEBACK"):
             raise
         if isinstance(error, ModuleNotFoundError):
-            install = 'Install what the command needs: pip install "keras-vit[all]"'
+            install = 'Install what the command needs: pip install ".[all]" in a clone of keras-vit'
             sys.exit(f"error: {error}. {install}")
         if isinstance(error, (ValueError, TypeError, ArithmeticError, RuntimeError, OSError)):
             sys.exit(f"error: {error}")

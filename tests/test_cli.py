@@ -193,7 +193,11 @@ def test_evaluation_of_other_data_stays(digits_run, tmp_path):
             tf.errors.ResourceExhaustedError(None, None, "OOM when allocating"),
             "error: ResourceExhaustedError: OOM when allocating",
         ),
-        (ModuleNotFoundError("No module named 'x'"), "error: No module named 'x'. Install what"),
+        (
+            ModuleNotFoundError("No module named 'x'"),
+            "error: No module named 'x'. Install what the command needs: "
+            'pip install ".[all]" in a clone of keras-vit',
+        ),
     ],
 )
 def test_error_of_a_library_is_a_message(error, said, monkeypatch):

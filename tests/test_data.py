@@ -297,7 +297,7 @@ class TestDigits:
 
     def test_without_scikit_learn(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "sklearn", None)
-        with pytest.raises(ValueError, match=r'pip install "keras-vit\[train\]"'):
+        with pytest.raises(ValueError, match=r'pip install scikit-learn, or "\.\[train\]"'):
             load_data("digits")
 
 
@@ -881,7 +881,8 @@ class TestTFDS:
 
     def test_not_installed(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-        with pytest.raises(ValueError, match=r'tfds:mnist.*pip install "keras-vit\[tfds\]"'):
+        match = r'tfds:mnist.*pip install tensorflow-datasets importlib_resources, or "\.\[tfds\]"'
+        with pytest.raises(ValueError, match=match):
             load_data("tfds:mnist")
 
 

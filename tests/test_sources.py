@@ -500,7 +500,8 @@ def test_other_failures_of_the_hub_are_said(hub, monkeypatch):
 
 def test_the_hub_needs_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r'pip install "keras-vit\[hub\]".*path=\'hf://owner/a\''):
+    message = r"pip install huggingface_hub, or \"\.\[hub\]\" in a clone.*path='hf://owner/a'"
+    with pytest.raises(ValueError, match=message):
         local_path("hf://owner/a")
 
 

@@ -45,7 +45,8 @@ def _digit_arrays() -> tuple[np.ndarray, np.ndarray]:
         from sklearn import datasets
     except ImportError as error:
         raise ValueError(
-            'The digits come with scikit-learn: pip install "keras-vit[train]".'
+            "The digits come with scikit-learn: pip install scikit-learn, or "
+            '".[train]" in a clone of keras-vit.'
         ) from error
     digits = datasets.load_digits()
     gray = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)

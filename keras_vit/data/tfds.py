@@ -65,7 +65,8 @@ def _prepare_builder(name: str) -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ValueError(
-            f'"tfds:{name}" needs tensorflow-datasets: pip install "keras-vit[tfds]".'
+            f'"tfds:{name}" needs tensorflow-datasets: pip install tensorflow-datasets '
+            'importlib_resources, or ".[tfds]" in a clone of keras-vit.'
         ) from error
     try:
         # Read here as well, because TFDS reads the variable only when it is first imported.

@@ -133,7 +133,8 @@ def _hub_snapshot(address, repo, revision, names, patterns=(), ignored=()):
         import huggingface_hub
     except ImportError as error:
         raise ValueError(
-            'hf:// needs huggingface_hub: pip install "keras-vit[hub]". '
+            'hf:// needs huggingface_hub: pip install huggingface_hub, or ".[hub]" in a clone of '
+            "keras-vit. "
             f"Received: path={address!r}."
         ) from error
     allowed = [*map(glob.escape, names), *patterns]
