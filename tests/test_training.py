@@ -344,6 +344,36 @@ def test_old_run_is_put_back_without_anything_to_go_on_from(made, stays, killed,
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("stuck", ["unlink", "replace"])
+def test_what_cannot_be_cleared_away_does_not_hide_why_it_failed(stuck, tmp_path, monkeypatch):
+    """On NFS, a folder with an open file cannot be removed; on Windows, nor can it be moved."""
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("run.json", "old"):
+        (out / name).touch()
+
+    def refuse(*args, **kwargs):
+        raise OSError("It is open.")
+
+    def fail():
+        with new_run_folder(out, overwrite=True) as folder:
+            (folder / "history.csv").touch()
+            monkeypatch.setattr(os, stuck, refuse)
+            raise ValueError("The loss is infinite.")
+
+    def check():
+        with pytest.raises(ValueError, match="infinite"):
+            fail()
+
+    if stuck == "unlink":
+        check()
+        assert [path.name for path in sorted(out.iterdir())] == ["old", "run.json"]
+    else:
+        with pytest.warns(UserWarning, match=r"not be put back, and is at .*\.run\.old: It"):
+            check()
+        assert (tmp_path / ".run.old" / "old").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

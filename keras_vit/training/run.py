@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import shutil
+import warnings
 
 import keras
 
@@ -173,10 +174,25 @@ def new_run_folder(folder, overwrite):
     finally:
         if overwrite and old.exists():
             if _has_begun(folder, diverged):
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
             else:
-                shutil.rmtree(folder)
-                os.replace(old, folder)
+                _put_back(old, folder)
+
+
+def _put_back(old, folder):
+    """Puts an old run where a new one failed; a warning, lest it hide why the new one did."""
+    failed = folder.with_name(f".{folder.name}.failed")
+    shutil.rmtree(failed, ignore_errors=True)
+    try:
+        # Moved away first: of files that are still open, not every system lets a folder be removed.
+        os.replace(folder, failed)
+        os.replace(old, folder)
+    except OSError as error:
+        warnings.warn(
+            f"The run that stood at {folder} could not be put back, and is at {old}: {error}.",
+            stacklevel=2,
+        )
+    shutil.rmtree(failed, ignore_errors=True)
 
 
 def forget_old_run(folder):
