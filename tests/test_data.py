@@ -560,6 +560,20 @@ class TestFolderErrors:
             fill_class(tmp_path / split, "a", 2)
         self.check(tmp_path, r"each split once\. .* with \['train', 'val', 'valid'\]")
 
+    def test_splits_of_other_names(self, tmp_path):
+        for split in ("training_set", "test_set"):
+            for name in ("cat", "dog"):
+                fill_class(tmp_path / split, name, 3)
+        self.check(tmp_path, r"look like splits.*'val' and 'test'\..*\['test_set', 'training_")
+        fill_class(tmp_path / "test_set", "eel", 3)  # other folders inside: these are classes
+        assert load_data(f"folder:{tmp_path}").class_names == ("test_set", "training_set")
+
+    def test_classes_with_the_same_folders_inside(self, tmp_path):
+        for name in ("cat", "dog"):
+            for year in ("2019", "2020"):
+                fill_class(tmp_path / name, year, 3)
+        assert load_data(f"folder:{tmp_path}").class_names == ("cat", "dog")
+
     def test_splits_beside_classes(self, tmp_path):
         fill_class(tmp_path / "train", "a", 2)
         fill_class(tmp_path, "cat", 2)

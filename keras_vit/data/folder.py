@@ -56,7 +56,8 @@ def load_folder(path: str | os.PathLike, *, skip_unreadable: bool = False) -> Im
 
     Raises:
         ValueError: If the folder or its classes are missing, empty, too small for the splits or
-            different between splits, or if files are unreadable; says which.
+            different between splits, if splits have other names ("training_set"), or if files
+            are unreadable; says which.
 
     Warns:
         UserWarning: Files in the folders of the classes have other extensions.
@@ -94,9 +95,25 @@ def _list_splits(root: Path) -> dict[str, Classes]:
             f"path={str(root)!r} with images right inside {names}."
         )
     if not split_folders:
+        _refuse_misnamed_splits(root, folders)
         return {"train": _list_classes(root, root)}
     _require_plain_splits(root, split_folders, [f for f in folders if f not in split_folders])
     return {SPLIT_NAMES[f.name.lower()]: _list_classes(root, f) for f in split_folders}
+
+
+def _refuse_misnamed_splits(root: Path, folders: list[Path]) -> None:
+    """ValueError for training_set/cat, training_set/dog, test_set/cat...: these are no classes."""
+    names = [folder.name for folder in folders]
+    named = all(any(split in name.lower() for split in SPLIT_NAMES) for name in names)
+    if len(names) < 2 or not named:
+        return
+    inside = {tuple(f.name for f in _subfolders(folder)) for folder in folders}
+    has_images = any(_is_image(file.name) for folder in folders for file in folder.iterdir())
+    if len(inside) == 1 and len(min(inside)) > 1 and not has_images:
+        raise ValueError(
+            "The folders look like splits, as they hold the same folders: name them 'train', 'val' "
+            f"and 'test'. Received: path={str(root)!r} with {names}."
+        )
 
 
 def _subfolders(folder: Path) -> list[Path]:
