@@ -72,7 +72,7 @@ def test_train_evaluate_predict_in_processes_of_their_own(tmp_path):
     arguments = ("--data", data, "--out", run, "--epochs", 6, "--set", "image_size=16,24")
     arguments += ("--no-xla",)
     out, err = run_cli("train", *arguments)
-    assert "2 classes, 32 training, 4 validation, 4 test images" in out
+    assert "2 classes (blue, red), 32 training, 4 validation, 4 test images" in out
     assert "epoch 6/6  loss" in out
     assert "images/s" in out
     assert "test accuracy 1.0000" in out

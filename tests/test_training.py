@@ -27,6 +27,7 @@ from keras_vit.training import (
     Recipe,
     fitting,
     load_run,
+    report,
     resume,
     train,
     trainer,
@@ -306,6 +307,44 @@ def test_an_empty_folder_stays(tmp_path):
         (folder / "best.keras").touch()
     assert tmp_path.stat().st_ino == before
     assert [path.name for path in tmp_path.iterdir()] == ["best.keras"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "replicas", "hidden", "said"),
+    [
+        (0, 1, None, "the CPU"),
+        (0, 1, "-1", "the CPU"),
+        (0, 4, "-1", "4 CPUs"),
+        (2, 1, None, "1 GPU (NVIDIA H200)"),
+        (2, 6, None, "6 GPUs (NVIDIA H200)"),
+    ],
+)
+def test_header(gpus, replicas, hidden, said, tmp_path, monkeypatch, capsys):
+    model = model_of(SMALL, 6)
+    info = {
+        "data": {"name": "fish", "class_names": list("abcdef"), "skipped": 2}
+        | {"train": 1234, "validation": 56, "test": 78},
+        "weights": None,
+        "recipe": dataclasses.asdict(SMALL),
+        "model": {"image_size": [8, 8], "parameters": 4321},
+    }
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["a GPU"] * gpus)
+    details = {"device_name": "NVIDIA H200"}
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details)
+    monkeypatch.setattr(report, "_NVIDIA_DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    strategy = types.SimpleNamespace(num_replicas_in_sync=replicas)
+    console = report.chief_console(Workers())
+    report.print_header(console, Run(tmp_path, info), model, Workers(strategy))
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "fish: 6 classes (a, b, c, d, e, ...), 1,234 training, 56 validation, 78 test images, "
+        "2 unreadable skipped\n"
+        f"2 blocks of width 16, patches of 4 px, images of 8 px, 4,321 parameters, on {said}\n"
+    )
+    assert ("TensorFlow found no GPU: pip install" in out) == (not gpus and not hidden)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 """What a run shows: lines on the terminal, and curves."""
 
 import csv
+import os
+import pathlib
 
 import matplotlib.figure
 import matplotlib.ticker
+import tensorflow as tf
 from rich.console import Console
 
 from keras_vit.files import replacing
 from keras_vit.model import vit_arguments
 
 LARGE_SIDE = 384  # pixels, the paper's for fine-tuning
+_SHOWN_CLASSES = 5
+_NVIDIA_DRIVER = pathlib.Path("/proc/driver/nvidia")
 
 
 def chief_console(workers):
@@ -17,26 +22,53 @@ def chief_console(workers):
     return Console(soft_wrap=True, highlight=False, markup=False, quiet=not workers.is_chief)
 
 
-def print_header(console, run, model):
-    """Says what is trained on what."""
+def print_header(console, run, model, workers):
+    """Says what is trained on what, and by which devices."""
     data, weights, facts = run.info["data"], run.info["weights"], run.info["model"]
     skipped = f", {data['skipped']} unreadable skipped" if data["skipped"] else ""
     height, width = facts["image_size"]
     pixels = height if height == width else f"{height} x {width}"
     console.print(
-        f"{data['name']}: {len(data['class_names'])} classes, {data['train']:,} training, "
+        f"{data['name']}: {_classes(data['class_names'])}, {data['train']:,} training, "
         f"{data['validation']:,} validation, {data['test']:,} test images{skipped}"
     )
     if weights is not None:
         console.print(f"{weights['path']} (SHA-256 {weights['sha256'][:12]}...), new head")
     console.print(
         f"{_size(run.info['recipe'], model)}, images of {pixels} px, "
-        f"{facts['parameters']:,} parameters"
+        f"{facts['parameters']:,} parameters, on {_devices(workers.replicas)}"
     )
+    if _misses_gpu():
+        console.print(
+            "note: this machine has an NVIDIA driver, and TensorFlow found no GPU: "
+            f'pip install "tensorflow[and-cuda]=={tf.__version__}"'
+        )
     if run.info["recipe"]["freeze_backbone"]:
         console.print(
             f"{facts['trained_parameters']:,} of {facts['parameters']:,} parameters trained"
         )
+
+
+def _classes(names):
+    """How many classes there are, and the first names, by which folders that are none are seen."""
+    shown = ", ".join(names[:_SHOWN_CLASSES])
+    more = ", ..." if len(names) > _SHOWN_CLASSES else ""
+    return f"{len(names)} classes ({shown}{more})"
+
+
+def _devices(replicas):
+    """What trains, in words."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return "the CPU" if replicas == 1 else f"{replicas} CPUs"
+    name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "unknown")
+    return f"{replicas} GPU{'s' if replicas > 1 else ''} ({name})"
+
+
+def _misses_gpu():
+    """Whether there is a GPU that TensorFlow did not find, and that nobody hid from it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return _NVIDIA_DRIVER.exists() and not hidden and not tf.config.list_physical_devices("GPU")
 
 
 def _size(recipe, model):

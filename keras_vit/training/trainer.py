@@ -146,7 +146,7 @@ def train(
     info = _describe(data, source, recipe, options, workers, model)
     with new_run_folder(out, overwrite) if workers.is_chief else _no_folder(out) as folder:
         run = Run(folder, info)
-        print_header(console, run, model)
+        print_header(console, run, model, workers)
         if weights is not None and recipe.image_size is None:
             print_large(console, model)
         for path in data.skipped:
@@ -203,7 +203,7 @@ def resume(run, *, data=None, strategy="auto"):
         position, state = _newest_state(run, workers)
         backbone = _same_backbone(run, recipe) if position is None else None
         vit, model = compiled_model(arguments, recipe, data, run.info["options"], workers, backbone)
-        print_header(console, run, model)
+        print_header(console, run, model, workers)
         if position is not None:
             _restore(model, state, workers)
     if workers.is_chief:
