@@ -329,29 +329,35 @@ def evaluate(
 @app.command()
 def predict(
     run: RunArgument,
-    images: Annotated[list[pathlib.Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[
+        list[pathlib.Path],
+        typer.Argument(metavar="IMAGE...", help="Image files, and folders of them."),
+    ],
     top: Annotated[int, typer.Option(help="Classes to name for each image.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    skip_unreadable: SkipOption = False,
 ):
     """Name what is in image files."""
     start_tensorflow()
+    from keras_vit.data.folder import check_images, find_images
     from keras_vit.training import load_run
     from keras_vit.training.evaluation import predict
 
     run = load_run(run)
-    predictions = list(predict(run.model(), images, run.class_names, top))
+    paths, errors = check_images(find_images(images), skip_unreadable)
+    for error in errors:
+        print(f"skipped: {error}", file=sys.stderr)
+    rows = []
+    predictions = predict(run.model(), paths, run.class_names, top)
+    for path, classes in zip(paths, predictions, strict=True):
+        if as_json:
+            named = [{"class": name, "probability": p} for name, p in classes]
+            rows.append({"image": str(path), "predictions": named})
+        else:
+            named = ", ".join(f"{name} {p:.3f}" for name, p in classes)
+            print(f"{path}: {named}", flush=True)
     if as_json:
-        rows = [
-            {
-                "image": str(path),
-                "predictions": [{"class": name, "probability": p} for name, p in classes],
-            }
-            for path, classes in zip(images, predictions, strict=True)
-        ]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
-        return
-    for path, classes in zip(images, predictions, strict=True):
-        print(f"{path}: " + ", ".join(f"{name} {p:.3f}" for name, p in classes))
 
 
 @app.command()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -20,6 +21,7 @@ from keras_vit import cli, training
 from keras_vit.data import load_data
 from keras_vit.data.pipeline import spread_images
 from keras_vit.export import LIMITS, NPU_MODES
+from keras_vit.training import evaluation
 
 
 def run_cli(*arguments, code=0):
@@ -231,6 +233,45 @@ def test_predict_names_digits(digits_run, tmp_path):
     names = [line.rsplit(": ", 1)[1].split()[0] for line in lines]
     assert [line.split(": ")[0] for line in lines] == [str(path) for path in paths]
     assert np.mean([a == b for a, b in zip(names, labels, strict=True)]) > 0.8
+
+
+@pytest.fixture
+def colours(tmp_path, monkeypatch):
+    """A folder of a red and a blue image, and one that cannot be read; the run tells colours."""
+    images = keras.Input((4, 4, 3))
+    means = keras.layers.GlobalAveragePooling2D()(images)
+    model = keras.Model(images, means)
+    run = types.SimpleNamespace(model=lambda: model, class_names=["red", "green", "blue"])
+    monkeypatch.setattr(training, "load_run", lambda folder: run)
+    for name, colour in {"a": (9, 0, 0), "c": (0, 0, 9)}.items():
+        Image.new("RGB", (6, 5), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_text("no image")
+    return tmp_path
+
+
+def test_predict_skips_unreadable_files_if_asked(colours):
+    with pytest.raises(ValueError, match=r"^1 of 3 images.*--skip-unreadable.*b\.png"):
+        invoke("predict", "run", colours)
+    with pytest.raises(ValueError, match=r"image files, or folders of them.*none\.png, nothing"):
+        invoke("predict", "run", colours, colours / "none.png", "--skip-unreadable")
+    result = CliRunner().invoke(
+        cli.app, ["predict", "run", str(colours), "--skip-unreadable", "--top", "1"]
+    )
+    lines = [f"{colours}/a.png: red 1.000", f"{colours}/c.png: blue 1.000"]
+    assert result.stdout.splitlines() == lines
+    assert re.search(r"skipped: .*b\.png", result.stderr)
+
+
+def test_predictions_are_printed_as_they_come(colours, monkeypatch):
+    def predict(*_):
+        yield [("red", 0.75), ("blue", 0.25)]
+        raise MemoryError
+
+    monkeypatch.setattr(evaluation, "predict", predict)
+    files = [str(colours / name) for name in ("a.png", "c.png")]
+    result = CliRunner().invoke(cli.app, ["predict", "run", *files])
+    assert isinstance(result.exception, MemoryError)
+    assert result.stdout == f"{files[0]}: red 0.750, blue 0.250\n"
 
 
 def test_export(digits_run, exported):

@@ -6,6 +6,7 @@ import collections
 import hashlib
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,55 @@ def _check_files(
     found = dict(zip(files, map_threads(check, files, "Checking images"), strict=True))
     facts = {file: result for file, result in found.items() if not isinstance(result, str)}
     return facts, {file: result for file, result in found.items() if isinstance(result, str)}
+
+
+def find_images(
+    paths: Iterable[str | os.PathLike], out: str | os.PathLike | None = None
+) -> list[Path]:
+    """The image files that paths of files and folders stand for.
+
+    Args:
+        paths: Image files and folders.
+        out: A folder to write: what was drawn there before is no image.
+
+    Raises:
+        ValueError: There is no such file, or no image in a folder.
+    """
+    files = []
+    for path in map(Path, paths):
+        found = [path]
+        if path.is_dir():
+            found = [path / name for name in list_images(path, path)]
+            if out is not None:
+                found = [f for f in found if Path(out).resolve() not in f.resolve().parents]
+        if not found or not path.exists():
+            found = f"no {', no '.join(EXTENSIONS)} in it" if path.exists() else "nothing there"
+            raise ValueError(
+                f"The images must be image files, or folders of them. Received: {path}, {found}."
+            )
+        files += found
+    return files
+
+
+def check_images(files: list[Path], skip_unreadable: bool) -> tuple[list[Path], list[str]]:
+    """The image files that can be read, and what is wrong with the others.
+
+    Raises:
+        ValueError: If some cannot be read, unless `skip_unreadable`, or none can.
+    """
+    errors = dict(zip(map(str, files), map_threads(_problem, files, "Checking"), strict=True))
+    errors = {path: error for path, error in errors.items() if error}
+    if errors and (not skip_unreadable or len(errors) == len(files)):
+        raise ValueError(describe_unreadable(errors, len(files)))
+    return [path for path in files if str(path) not in errors], list(errors.values())
+
+
+def _problem(file: Path) -> str | None:
+    """Why a file cannot be read as an image; None if it can."""
+    try:
+        check_image(file)
+    except ValueError as error:
+        return str(error)
 
 
 def describe_unreadable(unreadable: dict[str, str], total: int) -> str:

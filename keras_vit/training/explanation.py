@@ -22,10 +22,8 @@ from rich.console import Console
 from keras_vit import explain as measures
 from keras_vit.config import check_positive_int
 from keras_vit.data import read_image
-from keras_vit.data.folder import EXTENSIONS, describe_unreadable, list_images
-from keras_vit.data.images import check_image
+from keras_vit.data.folder import check_images, find_images
 from keras_vit.data.pipeline import resize
-from keras_vit.data.progress import map_threads
 from keras_vit.files import check_replaceable, replacing, write_json, write_text
 from keras_vit.model import vit_arguments
 from keras_vit.training.backbone import load_backbone
@@ -101,7 +99,12 @@ def explain(
     out = pathlib.Path(out)
     check_replaceable(out, "explanation.json", "explain", overwrite)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    paths = find_images(images, count, skip_unreadable, console, out)
+    files = find_images(images, out)
+    if len(files) > count:
+        console.print(f"the first {count} of {len(files):,} images")
+    paths, errors = check_images(files[:count], skip_unreadable)
+    for error in errors:
+        console.print(f"skipped: {error}")
     with console.status(f"loading {source}"):
         model, class_names = _load(source, image_size, num_heads, normalization)
     with replacing(out) as folder:
@@ -120,54 +123,6 @@ def explain(
         )
         write_text(folder / "index.html", _page(str(source), model, rows, folder))
     return out / "index.html"
-
-
-def find_images(paths, count, skip_unreadable, console, out):
-    """The first image files that paths of files and folders stand for, all of them readable.
-
-    Args:
-        paths: Image files and folders.
-        count: How many at most.
-        skip_unreadable: Leave out files that cannot be read.
-        console: The `rich.console.Console` that says what is left out.
-        out: The folder to write: what an earlier explanation has drawn there is no image.
-
-    Returns:
-        List of `pathlib.Path`.
-
-    Raises:
-        ValueError: There is no such file, or no image in a folder, or one cannot be read.
-    """
-    files, out = [], out.resolve()
-    for path in map(pathlib.Path, paths):
-        found = [path]
-        if path.is_dir():
-            found = [path / name for name in list_images(path, path)]
-            found = [file for file in found if out not in file.resolve().parents]
-        if not found or not path.exists():
-            found = f"no {', no '.join(EXTENSIONS)} in it" if path.exists() else "nothing there"
-            raise ValueError(
-                f"The images must be image files, or folders of them. Received: {path}, {found}."
-            )
-        files += found
-    if len(files) > count:
-        console.print(f"the first {count} of {len(files):,} images")
-    chosen = files[:count]
-    errors = dict(zip(map(str, chosen), map_threads(_unreadable, chosen, "Checking"), strict=True))
-    errors = {path: error for path, error in errors.items() if error}
-    if errors and (not skip_unreadable or len(errors) == len(chosen)):
-        raise ValueError(describe_unreadable(errors, len(chosen)))
-    for error in errors.values():
-        console.print(f"skipped: {error}")
-    return [path for path in chosen if str(path) not in errors]
-
-
-def _unreadable(path):
-    """Why a file cannot be read as an image; None if it can."""
-    try:
-        check_image(path)
-    except ValueError as error:
-        return str(error)
 
 
 def _load(source, image_size, num_heads, normalization):
