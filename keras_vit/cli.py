@@ -340,6 +340,7 @@ def predict(
     """Name what is in image files."""
     start_tensorflow()
     from keras_vit.data.folder import check_images, find_images
+    from keras_vit.files import shown
     from keras_vit.training import load_run
     from keras_vit.training.evaluation import predict
 
@@ -352,10 +353,10 @@ def predict(
     for path, classes in zip(paths, predictions, strict=True):
         if as_json:
             named = [{"class": name, "probability": p} for name, p in classes]
-            rows.append({"image": str(path), "predictions": named})
+            rows.append({"image": shown(path), "predictions": named})
         else:
             named = ", ".join(f"{name} {p:.3f}" for name, p in classes)
-            print(f"{path}: {named}", flush=True)
+            print(f"{shown(path)}: {named}", flush=True)
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
 

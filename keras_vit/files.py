@@ -60,6 +60,11 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def shown(path):
+    """A path as text that can be printed and written, also of a name that is no UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def check_new(path, overwrite, how="pass overwrite=True (--overwrite)"):
     """Raises ValueError if something stands at `path`, unless `overwrite`."""
     if os.path.lexists(path) and not overwrite:

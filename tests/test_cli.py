@@ -262,6 +262,13 @@ def test_predict_skips_unreadable_files_if_asked(colours):
     assert re.search(r"skipped: .*b\.png", result.stderr)
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_predict_of_a_file_whose_name_is_no_text(as_json, colours):
+    os.rename(colours / "a.png", os.fsencode(colours) + b"/caf\xe9.png")
+    options = ("--skip-unreadable", "--top", 1, *["--json"] * as_json)
+    assert f"{colours}/caf\ufffd.png" in invoke("predict", "run", colours, *options)
+
+
 def test_predictions_are_printed_as_they_come(colours, monkeypatch):
     def predict(*_):
         yield [("red", 0.75), ("blue", 0.25)]

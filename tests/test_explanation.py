@@ -215,6 +215,18 @@ def test_errors_of_images(checkpoints, photos, tmp_path):
     assert (out / "01-z.png").exists()
 
 
+def test_file_whose_name_is_no_text(checkpoints, photos, tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    shutil.copy(os.fsencode(photos / "z.jpg"), path)
+    said = explain_checkpoint(
+        checkpoints / "head.safetensors", os.fsdecode(path), "--out", tmp_path / "out"
+    )
+    assert f"{tmp_path}/caf\ufffd.jpg: class 3 " in said
+    [row] = json.loads((tmp_path / "out" / "explanation.json").read_text())["images"]
+    assert (row["image"], row["file"]) == (f"{tmp_path}/caf\ufffd.jpg", "01-caf_.png")
+    assert "caf\ufffd.jpg" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_errors_of_sources(digits_run, photos, tmp_path):
     with pytest.raises(ValueError, match=r"no-such-file"):
         invoke("explain", tmp_path / "no-such-file.npz", photos, "--out", tmp_path / "out")

@@ -24,7 +24,7 @@ from keras_vit.config import check_positive_int
 from keras_vit.data import read_image
 from keras_vit.data.folder import check_images, find_images
 from keras_vit.data.pipeline import resize
-from keras_vit.files import check_replaceable, replacing, write_json, write_text
+from keras_vit.files import check_replaceable, replacing, shown, write_json, write_text
 from keras_vit.model import vit_arguments
 from keras_vit.training.backbone import load_backbone
 from keras_vit.training.evaluation import predict
@@ -105,7 +105,7 @@ def explain(
     paths, errors = check_images(files[:count], skip_unreadable)
     for error in errors:
         console.print(f"skipped: {error}")
-    with console.status(f"loading {source}"):
+    with console.status(f"loading {shown(source)}"):
         model, class_names = _load(source, image_size, num_heads, normalization)
     with replacing(out) as folder:
         folder.mkdir()
@@ -114,14 +114,14 @@ def explain(
         write_json(
             folder / "explanation.json",
             {
-                "source": str(source),
+                "source": shown(source),
                 "image_size": list(model.input_shape[1:3]),
                 "images": rows,
                 "mean_attention_distance": distances.tolist(),
                 "versions": versions(),
             },
         )
-        write_text(folder / "index.html", _page(str(source), model, rows, folder))
+        write_text(folder / "index.html", _page(shown(source), model, rows, folder))
     return out / "index.html"
 
 
@@ -176,9 +176,9 @@ def _explain_images(model, class_names, paths, folder, console):
         distances.append(measures.mean_attention_distance(maps, grid))
         [best] = predict(model, [path], class_names, TOP) if class_names else [[]]
         found = [{"class": label, "probability": p} for label, p in best]
-        rows.append({"image": str(path), "file": name, "predictions": found})
+        rows.append({"image": shown(path), "file": name, "predictions": found})
         said = ", ".join(f"{label} {p:.3f}" for label, p in best) or f"drawn as {name}"
-        console.print(f"{path}: {said}")
+        console.print(f"{shown(path)}: {said}")
     return rows, np.mean(distances, axis=0)
 
 
