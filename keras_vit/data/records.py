@@ -43,12 +43,11 @@ class Records(NamedTuple):
         """The data of a record. Their checksum is not checked."""
         offset, length = int(self.offsets[index]), int(self.lengths[index])
         path = self.paths[self.files[index]]
-        # Opened each time: thousands of files may be more than a process can hold open.
-        file = os.open(path, os.O_RDONLY)
-        try:
-            data = os.pread(file, length, offset)
-        finally:
-            os.close(file)
+        # Opened each time: thousands of files may be more than a process can hold open, and
+        # threads read at once. Without `os.pread`, which Windows has not.
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(length)
         if len(data) < length:
             raise ValueError(
                 f"A TFRecord file has become shorter. Received: {self.place(index)}, which ends "
@@ -86,7 +85,8 @@ def _scan(path: str) -> np.ndarray:
     spans, at, size = [], 0, os.path.getsize(path)
     with open(path, "rb", buffering=0) as file:
         while at < size:
-            header = os.pread(file.fileno(), _HEADER.size, at)
+            file.seek(at)
+            header = file.read(_HEADER.size)
             length, checksum = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
             end = at + _HEADER.size + length + _FOOTER
             if len(header) < _HEADER.size or _masked_crc(header[:8]) != checksum or end > size:
