@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import pathlib
 import re
 import sys
@@ -160,6 +161,22 @@ def test_the_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
         if value is not None:
             monkeypatch.setenv("KERAS_VIT_CACHE", value)
         assert sources._cache_folder() == tmp_path / ".cache" / "keras-vit"
+
+
+@pytest.mark.parametrize("cache", ["file/cache", "~no-such-user/cache"])
+def test_a_cache_that_cannot_be_made_is_said(cache, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KERAS_VIT_CACHE", cache)
+    message = rf"set KERAS_VIT_CACHE to a folder that can be written\. Received: '{cache}', with "
+    with pytest.raises(ValueError, match=message):
+        download("http://localhost/a.npz")
+
+
+def test_a_cache_that_cannot_be_written_is_said(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(ValueError, match=r"set KERAS_VIT_CACHE to a folder.*, which is read-only"):
+        download("http://localhost/a.npz")
 
 
 def test_urls_that_end_alike_have_files_of_their_own(server):

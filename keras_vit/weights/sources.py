@@ -32,6 +32,7 @@ _WEIGHT_FILES = (".npz", ".safetensors", ".json")  # the last are configurations
 _URL_SAFE = "%/:=&?~#+!$,;'@()*[]"  # all that an address is made of, but for letters and digits
 _TIMEOUT = 30  # seconds without an answer or a byte
 _CHUNK = 1 << 20  # bytes
+_CACHE_HINT = "Downloads are kept: set KERAS_VIT_CACHE to a folder that can be written."
 
 
 def local_path(path):
@@ -196,15 +197,17 @@ def download(url):
         URL's.
 
     Raises:
-        ValueError: The server cannot be reached or refuses, the connection is cut, or the bytes
-            do not have the MD5; says which and what to do.
+        ValueError: The server cannot be reached or refuses, the connection is cut, the bytes do
+            not have the MD5, or the cache cannot be written; says which and what to do.
 
     Source: RFC 9110, sections 13.1.5 (If-Range) and 14 (Range);
     https://cloud.google.com/storage/docs/xml-api/reference-headers#xgooghash.
     """
-    path = _cache_folder() / _cache_name(url)
+    folder = _cache_folder()
+    path = folder / _cache_name(url)
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{_CACHE_HINT} Received: {str(folder)!r}, which is read-only.")
         with _alone(path):
             if not path.is_file():
                 _fetch(url, path)
@@ -212,7 +215,14 @@ def download(url):
 
 
 def _cache_folder():
-    return pathlib.Path(os.environ.get("KERAS_VIT_CACHE") or "~/.cache/keras-vit").expanduser()
+    """The folder of downloads, made if it is missing."""
+    name = os.environ.get("KERAS_VIT_CACHE") or "~/.cache/keras-vit"
+    try:
+        folder = pathlib.Path(name).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        raise ValueError(f"{_CACHE_HINT} Received: {name!r}, with {error}") from error
+    return folder
 
 
 def _cache_name(url):
