@@ -71,8 +71,15 @@ def check_new(path, overwrite, how="pass overwrite=True (--overwrite)"):
         raise ValueError(f"{path} exists already: {how}, or choose another path.")
 
 
+def is_free(folder):
+    """Whether nothing stands at a folder, or an empty one."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def check_replaceable(folder, marker, command, overwrite):
     """Raises ValueError if something stands at a folder, unless a command wrote it and `overwrite`.
+
+    An empty folder is nothing, but a mount cannot be replaced.
 
     Args:
         folder: `pathlib.Path` of the folder to write.
@@ -80,6 +87,10 @@ def check_replaceable(folder, marker, command, overwrite):
         command: Its name.
         overwrite: Whether that may be replaced.
     """
-    if overwrite and folder.exists() and not (folder / marker).exists():
+    if os.path.ismount(folder.resolve()):
+        raise ValueError(f"{folder} is a mount, which cannot be replaced: choose a folder in it.")
+    if is_free(folder):
+        return
+    if overwrite and not (folder / marker).exists():
         raise ValueError(f"{folder} is not a folder that `{command}` wrote: choose another path.")
     check_new(folder, overwrite)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from keras_vit import files
-from keras_vit.files import replacing
+from keras_vit.files import check_replaceable, replacing
 
 
 def write_folder(path, text):
@@ -80,3 +80,35 @@ def test_file_does_not_replace_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"is a folder: a file cannot replace it"):
         files.write_text(tmp_path / "folder", "new")
     assert (tmp_path / "folder" / "name").read_text() == "old"
+
+
+def test_what_may_be_replaced(tmp_path):
+    """Nothing, an empty folder, and what the command wrote; not what a mount is."""
+    folder = tmp_path / "folder"
+
+    def check(overwrite):
+        check_replaceable(folder, "report.json", "export", overwrite)
+
+    for overwrite in (False, True):
+        check(overwrite)
+    folder.mkdir()
+    for overwrite in (False, True):
+        check(overwrite)
+    write_folder(folder, "new")  # in the place of the empty one
+    with pytest.raises(ValueError, match=r"exists already: pass overwrite=True"):
+        check(False)
+    with pytest.raises(ValueError, match=r"not a folder that `export` wrote"):
+        check(True)
+    (folder / "report.json").touch()
+    check(True)
+
+
+@pytest.mark.parametrize("name", ["folder", "link"])
+def test_a_mount_is_not_replaced(name, tmp_path, monkeypatch):
+    mount = tmp_path / "folder"
+    mount.mkdir()
+    (tmp_path / "link").symlink_to(mount)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == mount)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=rf"{name} is a mount, which cannot be replaced"):
+            check_replaceable(tmp_path / name, "report.json", "export", overwrite)

@@ -300,6 +300,16 @@ def test_what_training_tests_with(tmp_path, monkeypatch):
     assert taken == [16] == [run.images_at_once]
 
 
+def test_run_on_a_mount_is_not_replaced(tmp_path, monkeypatch):
+    """It cannot be moved away: refused before the images are read."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    monkeypatch.setattr(trainer, "load_data", None)
+    (tmp_path / "run.json").touch()
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"is a mount, and the run in it cannot be replaced"):
+            train_small(tmp_path, overwrite=overwrite)
+
+
 def test_an_empty_folder_stays(tmp_path):
     """It may be a mount, or belong to others."""
     before = tmp_path.stat().st_ino

@@ -24,7 +24,7 @@ import keras
 
 import keras_vit.model  # noqa: F401  registers the layers that a model file needs
 from keras_vit.data import load_data
-from keras_vit.files import write_json
+from keras_vit.files import is_free, write_json
 from keras_vit.training.callbacks import NonFiniteLossError
 
 
@@ -133,10 +133,14 @@ def save_run(run):
 def check_run_folder(folder, overwrite):
     """Raises ValueError if something stands at `folder`: a run, unless `overwrite`, or else."""
     folder = pathlib.Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_free(folder):
         return
     if not (folder / "run.json").exists():
         raise ValueError(f"{folder} exists and is not a run folder: choose another path.")
+    if os.path.ismount(folder.resolve()):
+        raise ValueError(
+            f"{folder} is a mount, and the run in it cannot be replaced: choose a folder in it."
+        )
     if not overwrite:
         raise ValueError(
             f"{folder} holds a run already: pass overwrite=True (--overwrite) to replace it, "
