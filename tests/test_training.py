@@ -442,6 +442,26 @@ def test_the_cheap_arguments_are_checked_before_the_folder(tmp_path, arguments, 
         train(**{"data": "digits", "out": tmp_path, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"recipe": SMALL, "image_size": 9}, r"divisible by `patch_size`.*\(9, 9\)"),
+        (
+            {"recipe": "plain_imagenet", "image_size": 200},
+            r"divisible by `patch_size`.*\(200, 200\)",
+        ),
+        ({"recipe": SMALL, "pooling": "sum"}, r"`pooling` must be one of.*'sum'"),
+        ({"recipe": SMALL, "micro_batches": 3}, r"`batch_size` must be a multiple of 3.*=128"),
+        ({"batch_size": 30, "micro_batches": 4}, r"`batch_size` must be a multiple of 4.*=30"),
+    ],
+)
+def test_what_can_be_checked_before_the_images_is(arguments, match, tmp_path, monkeypatch):
+    """Which may take minutes to read."""
+    monkeypatch.setattr(trainer, "load_data", None)
+    with pytest.raises(ValueError, match=match):
+        train("digits", tmp_path / "run", **arguments)
+
+
 def test_batch_that_is_lowered_is_said(tmp_path, capsys):
     run = train_small(tmp_path / "run", epochs=1, batch_size=2000)
     assert run.info["recipe"]["batch_size"] == 1024

@@ -1,10 +1,12 @@
 """The model of a run: from its recipe or a backbone to a `DistributedModel` ready for `fit`."""
 
 import contextlib
+import dataclasses
 import math
 
 import keras
 
+from keras_vit.config import VARIANTS
 from keras_vit.model import build_vit, skip_unread_tokens, vit_arguments
 from keras_vit.training.distributed import DistributedModel
 from keras_vit.training.losses import build_loss, set_head_bias
@@ -39,6 +41,14 @@ def model_arguments(recipe, num_classes, backbone=None):
         "layer_scale": recipe.layer_scale,
         "normalization": recipe.normalization,
     }
+
+
+def check_model(recipe):
+    """Raises ValueError if a recipe's model cannot be built, by one of a single block."""
+    variant = recipe.variant
+    config = VARIANTS[variant] if isinstance(variant, str) else variant
+    shallow = dataclasses.replace(recipe, variant=dataclasses.replace(config, depth=1))
+    build_vit(**model_arguments(shallow, num_classes=2))
 
 
 def build_model(arguments, recipe, backbone=None):

@@ -18,7 +18,12 @@ from keras_vit.data.sources import check_outside
 from keras_vit.files import write_text
 from keras_vit.model import vit_arguments
 from keras_vit.training.backbone import load_backbone
-from keras_vit.training.building import compiled_model, model_arguments, steps_per_epoch
+from keras_vit.training.building import (
+    check_model,
+    compiled_model,
+    model_arguments,
+    steps_per_epoch,
+)
 from keras_vit.training.checkpoints import check_state, current_state, load_state, restore_state
 from keras_vit.training.fitting import fit_and_record, lost_workers
 from keras_vit.training.recipes import Recipe, resolve_recipe
@@ -121,6 +126,10 @@ def train(
     # The images may take minutes to read, so that everything else is checked before. Without
     # weights, the recipe that None stands for depends on them.
     source, backbone = _load_weights(weights, num_heads, early)
+    if recipe is not None and weights is None:
+        check_model(early)
+    if recipe is not None or weights is not None or "batch_size" in overrides:
+        _check_batch(early, workers.replicas)
     console = chief_console(workers)
     data = load_data(data, skip_unreadable=skip_unreadable)
     with lost_workers(out):
