@@ -61,8 +61,11 @@ CONFIG_POOLINGS = {"token": "token", "avg": "gap", "map": "map"}
 GELUS = {"gelu": "erf", "gelu_tanh": "tanh"}
 # Architectures that are built with act_layer="gelu_tanh".
 TANH = r"so400m_patch16_siglip|giantopt|base_patch32_siglip|large_patch16_siglip(_gap)?_512"
-# Blocks with the norm after each branch, under the same names.
-POST_NORM = r"_rpn_"
+# Architectures that compute something else under the same names.
+OTHERS = {
+    r"_rpn_": "the norm after each branch",
+    r"_rope_": "rotary positions",  # beside absolute ones, they have no tensor
+}
 
 
 def matches(names):
@@ -156,10 +159,17 @@ def _check_architecture(checkpoint):
     """ValueError for models that compute something else under the same names."""
     facts, tensors = checkpoint.config, checkpoint.tensors
     architecture = facts.get("architecture", "")
-    if re.search(POST_NORM, architecture):
+    for pattern, what in OTHERS.items():
+        if re.search(pattern, architecture):
+            raise checkpoint.error(
+                f"models with {what} are not supported. Received: architecture={architecture!r}."
+            )
+    mlp_dim, _ = checkpoint.shape("blocks.0.mlp.fc1.weight", 2)
+    _, inputs = checkpoint.shape("blocks.0.mlp.fc2.weight", 2)
+    if mlp_dim != inputs:
         raise checkpoint.error(
-            f"models with the norm after each branch are not supported. "
-            f"Received: architecture={architecture!r}."
+            "gated MLPs (SwiGLU) are not supported: the inputs of fc2 must be the outputs of fc1. "
+            f"Received: {inputs} inputs and {mlp_dim} outputs."
         )
     prefix = [name for name in ("cls_token", "dist_token", "reg_token") if name in tensors]
     whole = (facts.get("model_args") or {}).get("pool_include_prefix")

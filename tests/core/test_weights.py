@@ -571,6 +571,7 @@ def test_config_of_huggingface_without_normalization(tmp_path):
     ("name", "config", "match"),
     [
         ("timm_token", {"architecture": "vit_base_patch16_rpn_224"}, r"norm after each branch"),
+        ("timm_token", {"architecture": "vit_small_patch16_rope_ape_224"}, r"rotary positions"),
         ("timm_token", {"global_pool": "avgmax"}, r"`global_pool` must be .*'avgmax'"),
         ("timm_token", {"model_args": {"act_layer": "silu"}}, r"`act_layer` must be .*'silu'"),
         ("timm_token", {"model_args": {"num_heads": 6}}, r"has 6 heads. Received: num_heads=3"),
@@ -595,6 +596,16 @@ def test_config_of_a_model_that_is_not_ours(name, config, match, tmp_path):
 def test_gelu_of_timms_architectures(config, gelu, tmp_path):
     folder = folder_with(tmp_path, "timm_map", config=config)
     assert vit_arguments(keras_vit.from_checkpoint(folder, num_heads=3))["gelu"] == gelu
+
+
+def test_gated_mlps_of_timm(tmp_path):
+    """Their first layer has the gates too: twice the outputs that the second one takes."""
+    arrays = {
+        key: a[:, :48] if "fc2.weight" in key else a for key, a in tensors("timm_token").items()
+    }
+    path = write_safetensors(tmp_path / "gated.safetensors", arrays)
+    with pytest.raises(ValueError, match=r"gated.*SwiGLU.*Received: 48 inputs and 96 outputs"):
+        load("timm_token", path)
 
 
 def test_attention_pooling_of_timm_leaves_prefix_tokens_out(tmp_path):
