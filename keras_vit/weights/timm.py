@@ -106,7 +106,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
     registers = checkpoint.shape("reg_token", 3)[1] if "reg_token" in tensors else 0
     _, length, _ = checkpoint.shape("pos_embed", 3)
     slots = (placed, 0, placed + registers)
-    pretrained = facts.get("pretrained_cfg") or {}
+    pretrained = facts.get("pretrained_cfg") or facts  # older files have all in one
     file_size = facts.get("image_size") or (pretrained.get("input_size") or [None])[1:] or None
     scaled = "blocks.0.ls1.gamma" in tensors
     assumed = {}

@@ -664,20 +664,22 @@ def test_config_with_another_activation(tmp_path):
         keras_vit.from_checkpoint(folder, num_heads=3)
 
 
-def test_config_of_timm(tmp_path, recwarn):
+@pytest.mark.parametrize("older", [False, True])
+def test_config_of_timm(older, tmp_path, recwarn):
     """The hub's config.json tells the grid of non-square positions, and the pixels."""
     pretrained = {
         "input_size": [3, 24, 48],
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
     }
-    config = {"global_pool": "avg", "pretrained_cfg": pretrained, "model_args": {"num_heads": 6}}
+    pretrained = pretrained if older else {"pretrained_cfg": pretrained}
+    config = {"global_pool": "avg", **pretrained, "model_args": {"num_heads": 6}}
     folder = folder_with(tmp_path, "timm_nonsquare_ls", config=config)
     found = vit_arguments(keras_vit.from_checkpoint(folder))
     assert found["image_size"] == (24, 48)
     assert found["variant"].num_heads == 6
     assert found["pooling"] == "gap"
-    assert found["normalization"] == (pretrained["mean"], pretrained["std"])
+    assert found["normalization"] == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert not recwarn.list
 
 
