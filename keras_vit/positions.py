@@ -45,9 +45,9 @@ def resize_positions(table, grid_size, new_grid_size, interpolation):
       Google's vision_transformer and big_vision (`scipy.ndimage.zoom` with order=1).
     - "antialiased_bicubic": pixels are areas; cubic convolution with a = -0.5, widened when the
       grid shrinks. timm (PyTorch's bicubic interpolation with antialias).
-    - "bicubic": pixels are areas; cubic convolution with a = -0.75 at all scales. DINOv2 and
-      Hugging Face (PyTorch's bicubic interpolation without antialias). The original DINOv2 code
-      adds 0.1 to the new sides before it divides, which this does not.
+    - "bicubic": pixels are areas; cubic convolution with a = -0.75 at all scales. DINOv2 without
+      registers and Hugging Face (PyTorch's bicubic interpolation without antialias). The original
+      DINOv2 code adds 0.1 to the new sides before it divides, which this does not.
 
     Args:
         table: `(rows * columns, D)`, rows of the grid one after the other.

@@ -75,6 +75,7 @@ def matches(names):
 
 def canonical(checkpoint):
     """The checkpoint in one spelling."""
+    checkpoint.config["of_dinov2"] = "mask_token" in checkpoint.tensors  # timm's have none
 
     def respelled(name):
         for old, new in RENAMED:
@@ -139,7 +140,10 @@ def describe(checkpoint, num_heads=None, image_size=None):
         assumed["normalization"] = "imagenet" if imagenet else "minus_one_one"
     if arguments["pooling"] == "map" and not facts:
         assumed["gelu"] = arguments["gelu"]  # some of SigLIP's models have the other
-    return Description({**arguments, **_but_heads(assumed)}, "antialiased_bicubic", assumed)
+    interpolation = "antialiased_bicubic"
+    if facts["of_dinov2"] and not registers:  # the original code of those with registers does
+        interpolation = "bicubic"
+    return Description({**arguments, **_but_heads(assumed)}, interpolation, assumed)
 
 
 def _but_heads(assumed):

@@ -726,6 +726,22 @@ def test_positions_are_resized_as_the_family_does(name, interpolation):
         assert np.array_equal(found, resized) == (way == interpolation)
 
 
+@pytest.mark.parametrize(
+    ("name", "interpolation"),
+    [("timm_token", "bicubic"), ("timm_reg4_gap_ls", "antialiased_bicubic")],
+)
+def test_positions_of_the_original_dinov2_are_resized_as_its_code_does(
+    name, interpolation, tmp_path
+):
+    """Its files have a mask token, which timm's have not; with registers it antialiases."""
+    path = write_safetensors(tmp_path / "dinov2.safetensors", dinov2_original(tensors(name)))
+    size = {"image_size": (16, 24)}
+    expected = positions_of(load(name, interpolation=interpolation, **size))
+    np.testing.assert_array_equal(positions_of(load(name, path, **size)), expected)
+    other = {"bicubic": "antialiased_bicubic", "antialiased_bicubic": "bicubic"}[interpolation]
+    assert np.abs(expected - positions_of(load(name, interpolation=other, **size))).max() > 1e-3
+
+
 # Saving
 
 
