@@ -127,6 +127,9 @@ def describe(checkpoint, num_heads=None, image_size=None):
     else:
         plain = not (dinov2 or distilled or registers)
         normalization = assumed["normalization"] = "minus_one_one" if plain else "imagenet"
+    epsilon = facts.get("layer_norm_eps")
+    if epsilon is None:
+        epsilon = assumed["layer_norm_epsilon"] = 1e-6 if dinov2 else 1e-12
     return Description(
         {
             "variant": config,
@@ -142,7 +145,7 @@ def describe(checkpoint, num_heads=None, image_size=None):
             "layer_scale": 1.0 if dinov2 else None,
             "qkv_bias": "layers.0.attention.q_proj.bias" in tensors,
             "gelu": _gelu(checkpoint),
-            "layer_norm_epsilon": facts.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12),
+            "layer_norm_epsilon": epsilon,
             "normalization": normalization,
         },
         # As DINOv2 with registers does, and the others do.

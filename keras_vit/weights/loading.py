@@ -113,9 +113,9 @@ def load_weights(model, path, *, interpolation=None):
             of those that are missing, unexpected and mis-shaped.
 
     Warns:
-        UserWarning: The file was made with another GELU, epsilon or normalisation than the
-            model's, or its head with another pooling; or it does not say its head count, and
-            the model's is not that of `from_checkpoint`.
+        UserWarning: The file says that it was made with another GELU, epsilon or normalisation
+            than the model's, or its head with another pooling; or it does not say its head count,
+            and the model's is not that of `from_checkpoint`.
     """
     arguments = vit_arguments(model)
     checkpoint, family = _open(path)
@@ -242,17 +242,18 @@ def _least_size(arguments):
 
 
 def _differences(arguments, description):
-    """What a model computes otherwise than its file: name -> (the model's, the file's)."""
+    """What a model computes otherwise than its file says: name -> (the model's, the file's)."""
     theirs = description.arguments
     names = ["gelu", "layer_norm_epsilon"]
-    is_known = "pooling" not in description.assumed
-    if is_known and arguments["num_classes"] == theirs["num_classes"] != 0:
+    if arguments["num_classes"] == theirs["num_classes"] != 0:
         names.append("pooling")
     if arguments["normalization"] is not None and theirs["normalization"] is not None:
         names.append("normalization")
         arguments = {**arguments, "normalization": normalization_of(*arguments["normalization"])}
     return {
-        name: (arguments[name], theirs[name]) for name in names if arguments[name] != theirs[name]
+        name: (arguments[name], theirs[name])
+        for name in names
+        if name not in description.assumed and arguments[name] != theirs[name]
     }
 
 

@@ -138,7 +138,8 @@ def describe(checkpoint, num_heads=None, image_size=None):
     else:
         imagenet = "dist_token" in tensors or (scaled and patch_size == 14)
         assumed["normalization"] = "imagenet" if imagenet else "minus_one_one"
-    if arguments["pooling"] == "map" and not facts:
+    said = "gelu" in facts or "architecture" in facts or "act_layer" in facts.get("model_args", {})
+    if not said and "cls_token" not in tensors:
         assumed["gelu"] = arguments["gelu"]  # some of SigLIP's models have the other
     interpolation = "antialiased_bicubic"
     if facts["of_dinov2"] and not registers:  # the original code of those with registers does

@@ -248,6 +248,23 @@ def test_what_is_assumed_is_said():
         keras_vit.from_checkpoint(weights_file("bigvision_gap_sincos"))
     with pytest.warns(UserWarning, match=r"its normalization and gelu: took .*gelu='erf'"):
         keras_vit.from_checkpoint(weights_file("timm_map"), num_heads=3)
+    with pytest.warns(UserWarning, match=r"does not say its gelu: took gelu='erf'"):
+        load("timm_reg4_gap_ls")  # without a class token, as SigLIP's without attention pooling
+    with pytest.warns(UserWarning, match=r"layer_norm_epsilon: took layer_norm_epsilon=1e-12"):
+        load("hf_vit")
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("timm_map", {"gelu": "tanh"}), ("hf_vit", {"layer_norm_epsilon": 1e-6})]
+)
+@pytest.mark.filterwarnings("ignore:.*does not say its")
+def test_what_is_assumed_does_not_differ(name, other):
+    """A model that has it otherwise may be right: the file does not say that it is not."""
+    arguments = vit_arguments(load(name)) | other | {"normalization": "imagenet"}
+    model = keras_vit.build_vit(**arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras_vit.load_weights(model, weights_file(name))
 
 
 @pytest.mark.parametrize("name", ["timm_token", "hf_vit", "lucidrains_vit_headdim"])
@@ -1031,12 +1048,13 @@ def test_load_weights_warns_of_an_unusual_head_count(tmp_path):
         keras_vit.load_weights(files[3][1], files[3][0])
 
 
-@pytest.mark.filterwarnings("ignore:.*does not say its")
-def test_load_weights_warns_of_another_normalisation_and_pooling():
+def test_load_weights_warns_of_another_normalisation_and_pooling(tmp_path):
+    pretrained = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    folder = folder_with(tmp_path, "timm_token", config={"pretrained_cfg": pretrained})
     base = {"variant": keras_vit.ViTConfig(24, 3, 3, 96, 8), "image_size": 32, "num_classes": 7}
     model = keras_vit.build_vit(**base, normalization="imagenet")
     with pytest.warns(UserWarning, match=r"made with normalization='minus_one_one'.*'imagenet'"):
-        keras_vit.load_weights(model, weights_file("timm_token"))
+        keras_vit.load_weights(model, folder)
     model = keras_vit.build_vit(**base, pooling="gap")
     with pytest.warns(UserWarning, match=r"made with pooling='token'.*pooling='gap'"):
         keras_vit.load_weights(model, weights_file("timm_token"))
