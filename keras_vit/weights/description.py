@@ -58,7 +58,8 @@ def file_image_size(checkpoint, config, positions, slots, known, asked):
         slots: How many of them may belong to tokens other than patches, the likeliest first.
         known: The size that the file's configuration gives, or None.
         asked: The size the user asks for, or None; taken if its grid fits where no square one
-            does, for a file cannot tell 3 x 6 patches from 2 x 9.
+            does, for a file cannot tell 3 x 6 patches from 2 x 9. Where both do, it may be the
+            file's size, or one to resize to: that is an error.
 
     Returns:
         `(height, width)` in pixels.
@@ -82,10 +83,12 @@ def file_image_size(checkpoint, config, positions, slots, known, asked):
             f"(height, width) that it was made for. Received: image_size={asked}."
         )
     size = fitting[0]
-    if size != known and asked in fitting and place(asked) < place(size):
+    is_other = asked in fitting and _grid(config, asked) != _grid(config, size)
+    if size != known and is_other and place(asked) <= place(size):
         ours, theirs = ("{} x {} patches".format(*_grid(config, s)) for s in (size, asked))
+        tokens = "" if place(asked) == place(size) else " and other tokens"
         raise checkpoint.error(
-            f"its {positions} positions may be of {ours}, or of {theirs} and other tokens. If the "
+            f"its {positions} positions may be of {ours}, or of {theirs}{tokens}. If the "
             "first, load it without `image_size` and resize the model (`resize_model`); if the "
             f"other, a config.json beside it must say its size. Received: image_size={asked}."
         )

@@ -97,7 +97,12 @@ def describe(checkpoint, num_heads=None, image_size=None):
         {
             "variant": config,
             "image_size": file_image_size(
-                checkpoint, config, length, (int(class_token),), None, image_size
+                checkpoint,
+                config,
+                length,
+                (int(class_token),),
+                checkpoint.config.get("image_size"),
+                image_size,
             ),
             "num_classes": checkpoint.outputs("mlp_head.bias", "mlp_head.weight", 0),
             "channels": channels,

@@ -314,6 +314,27 @@ def test_grid_beside_a_class_position_that_makes_a_square(tmp_path):
     np.testing.assert_array_equal(predict(again, images), predict(model, images))
 
 
+@pytest.mark.parametrize("name", ["lucidrains_vit_cls", "timm_token", "hf_vit"])
+def test_grid_of_as_many_patches_as_a_square(name, tmp_path):
+    """2 x 8 patches are 16, as 4 x 4: the file is of the one or to be resized to the other."""
+    path, wide = weights_file(name), {"image_size": (16, 64)}
+    model = keras_vit.build_vit(**vit_arguments(load(name, image_size=32)) | wide)
+    match = r"17 positions may be of 4 x 4 patches, or of 2 x 8 patches\. If.*\(16, 64\)"
+    with pytest.raises(ValueError, match=match):
+        load(name, **wide)
+    with pytest.raises(ValueError, match=match):
+        keras_vit.load_weights(model, path)
+    table = positions_of(load(name, image_size=32))
+    # The first: as the message says.
+    resized = positions_of(keras_vit.resize_model(load(name, image_size=None), (16, 64)))
+    assert np.abs(resized - table).max() > 1e-2
+    # The other.
+    folder = folder_with(tmp_path, name, config={"image_size": [16, 64]})
+    np.testing.assert_array_equal(positions_of(load(name, folder, **wide)), table)
+    keras_vit.load_weights(model, folder)
+    np.testing.assert_array_equal(positions_of(model), table)
+
+
 def test_null_in_a_configuration_says_nothing(tmp_path):
     shutil.copy(weights_file("timm_token"), tmp_path / "model.safetensors")
     facts = {"architecture": None, "model_args": {"act_layer": None}, "layer_norm_eps": None}
