@@ -126,7 +126,7 @@ def _slice_reader(tensor, i, last):
     return read
 
 
-def describe(checkpoint, num_heads=None, image_size=None):
+def describe(checkpoint, num_heads=None, image_size=None, channels=None):
     """The `Description` of a canonical checkpoint.
 
     Only the image size of fixed positions is not in the file: 224 pixels, unless it is one of the

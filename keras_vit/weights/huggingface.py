@@ -87,7 +87,7 @@ def canonical(checkpoint):
     return checkpoint
 
 
-def describe(checkpoint, num_heads=None, image_size=None):
+def describe(checkpoint, num_heads=None, image_size=None, channels=None):
     """The `Description` of a canonical checkpoint.
 
     Without config.json, heads are those of the variant of the same width, and the epsilon of the

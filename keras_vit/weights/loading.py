@@ -67,10 +67,13 @@ def from_checkpoint(
     Warns:
         UserWarning: The file does not say an argument, and a family's habit was taken.
     """
-    if num_heads is not None:
-        check_positive_int("num_heads", num_heads)
+    asked = {"num_heads": num_heads, "channels": overrides.get("channels")}
+    for name, value in asked.items():
+        if value is not None:
+            check_positive_int(name, value)
+    asked["image_size"] = image_size
     checkpoint, family = _open(path)
-    description = _description(checkpoint, family, num_heads, image_size)
+    description = _description(checkpoint, family, asked)
     arguments = dict(description.arguments)
     if image_size is not None:
         arguments["image_size"] = image_size
@@ -126,11 +129,11 @@ def load_weights(model, path, *, interpolation=None):
         raise ValueError(
             f"{error}\n`keras_vit.from_checkpoint` builds the model that the file is of."
         ) from error
-    description = _description(
-        checkpoint, family, arguments["variant"].num_heads, arguments["image_size"]
-    )
+    asked = {name: arguments[name] for name in ("image_size", "channels")}
+    asked["num_heads"] = arguments["variant"].num_heads
+    description = _description(checkpoint, family, asked)
     _load(model, checkpoint, family, description, interpolation)
-    heads = _usual_heads(checkpoint, family, arguments["image_size"])
+    heads = _usual_heads(checkpoint, family, asked)
     if heads not in (None, arguments["variant"].num_heads):
         warnings.warn(
             f"{checkpoint.path} does not say its head count: `from_checkpoint` would take "
@@ -202,10 +205,10 @@ def _open(path):
     )
 
 
-def _description(checkpoint, family, num_heads, image_size):
+def _description(checkpoint, family, asked):
     """What the file says of its model, if that model can be in it: larger ones are not built."""
     try:
-        description = family.describe(checkpoint, num_heads=num_heads, image_size=image_size)
+        description = family.describe(checkpoint, **asked)
     except ValueError as error:
         raise checkpoint.error(error) from error
     held = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
@@ -217,10 +220,10 @@ def _description(checkpoint, family, num_heads, image_size):
     return description
 
 
-def _usual_heads(checkpoint, family, image_size):
+def _usual_heads(checkpoint, family, asked):
     """The head count that `from_checkpoint` would take, or None if it would ask for one."""
     try:
-        description = family.describe(checkpoint, num_heads=None, image_size=image_size)
+        description = family.describe(checkpoint, **{**asked, "num_heads": None})
     except ValueError:
         return None
     return description.arguments["variant"].num_heads

@@ -55,17 +55,26 @@ def canonical(checkpoint):
     return checkpoint
 
 
-def describe(checkpoint, num_heads=None, image_size=None):
+def describe(checkpoint, num_heads=None, image_size=None, channels=None):
     """The `Description` of a canonical checkpoint.
 
     Heads are 64 wide, as by the library's default, unless `num_heads` says otherwise. Images are
-    gray if a patch has a square number of values, else RGB, and taken as they come: the library
-    does not say how to normalise pixels. Of older releases, models that pool by the mean of all
-    tokens have a class token, too: a file with one is taken for a model that reads it alone.
+    gray if a patch has a square number of values, else RGB, unless `channels` says otherwise, and
+    taken as they come: the library does not say how to normalise pixels. Of older releases, models
+    that pool by the mean of all tokens have a class token, too: a file with one is taken for a
+    model that reads it alone.
     """
     tensors = checkpoint.tensors
     hidden_dim, patch_values = checkpoint.shape("to_patch_embedding.2.weight", 2)
-    channels = 1 if math.isqrt(patch_values) ** 2 == patch_values else 3
+    asked = channels
+    if asked is None:
+        channels = 1 if math.isqrt(patch_values) ** 2 == patch_values else 3
+    patch_size = math.isqrt(patch_values // channels)
+    if patch_size**2 * channels != patch_values:
+        raise checkpoint.error(
+            f"its patches of {patch_values} values are no squares of {channels} channels: pass "
+            f"the `channels` of its images. Received: channels={asked}."
+        )
     inner_dim = checkpoint.shape("transformer.layers.0.0.to_qkv.weight", 2)[0] // 3
     if num_heads is None and (inner_dim % HEAD_DIM or inner_dim == 0):
         raise checkpoint.error(
@@ -83,13 +92,13 @@ def describe(checkpoint, num_heads=None, image_size=None):
         checkpoint.count("transformer.layers.{i}.0.norm.weight"),
         heads,
         checkpoint.shape("transformer.layers.0.1.net.1.weight", 2)[0],
-        math.isqrt(patch_values // channels),
+        patch_size,
         head_dim=None if inner_dim == hidden_dim else inner_dim // heads,
     )
     class_token = "cls_token" in tensors
     _, length, _ = checkpoint.shape("pos_embedding", 3)
     assumed = {} if num_heads else {"num_heads": heads}
-    if channels == 1:
+    if asked is None and channels == 1:
         assumed["channels"] = channels
     if class_token and checkpoint.config["of_older_release"]:
         assumed["pooling"] = "token"

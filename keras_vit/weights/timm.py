@@ -85,7 +85,7 @@ def canonical(checkpoint):
     return checkpoint.renamed(respelled)
 
 
-def describe(checkpoint, num_heads=None, image_size=None):
+def describe(checkpoint, num_heads=None, image_size=None, channels=None):
     """The `Description` of a canonical checkpoint.
 
     The head count is that of the variant of the same width. Without a config.json, pixels are

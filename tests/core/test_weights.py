@@ -344,6 +344,36 @@ def test_null_in_a_configuration_says_nothing(tmp_path):
     assert (found["gelu"], found["layer_norm_epsilon"]) == ("erf", 1e-6)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_channels_of_lucidrains(channels, tmp_path):
+    """A patch of 16 C values, for C = 4 a square as of one channel, is C channels of 4 x 4."""
+    name, rng = "lucidrains_vit_cls", np.random.default_rng(0)
+    values = {
+        "to_patch_embedding.1.weight": rng.normal(size=16 * channels),
+        "to_patch_embedding.1.bias": rng.normal(size=16 * channels),
+        "to_patch_embedding.2.weight": rng.normal(size=(24, 16 * channels)),
+    }
+    arrays = tensors(name) | {key: a.astype("float32") for key, a in values.items()}
+    path = write_safetensors(tmp_path / "vit.safetensors", arrays)
+    model = load(name, path, image_size=None, channels=channels)
+    assert model.input_shape == (None, 16, 16, channels)
+    kernel = keras.ops.convert_to_numpy(model.get_layer("patch_encoder").projection.kernel)
+    np.testing.assert_array_equal(kernel, arrays["to_patch_embedding.2.weight"].T)
+    other = randomise(keras_vit.build_vit(**vit_arguments(model)))
+    keras_vit.load_weights(other, path)
+    images = rng.normal(size=(2, 16, 16, channels)).astype("float32")
+    np.testing.assert_array_equal(predict(other, images), predict(model, images))
+
+
+def test_channels_that_make_no_square_patches():
+    path = weights_file("lucidrains_vit_cls")
+    match = r"patches of 192 values are no squares of 4 channels: pass .*channels=4"
+    with pytest.raises(ValueError, match=match):
+        keras_vit.from_checkpoint(path, num_heads=3, channels=4)
+    with pytest.raises(ValueError, match=r"`channels` must be a positive int.*channels=0"):
+        keras_vit.from_checkpoint(path, num_heads=3, channels=0)
+
+
 def test_head_count_of_zero():
     with pytest.raises(ValueError, match=r"`num_heads` must be a positive int.*num_heads=0"):
         keras_vit.from_checkpoint(weights_file("lucidrains_vit_headdim"), num_heads=0)
