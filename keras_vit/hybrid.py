@@ -16,6 +16,11 @@ class StandardizedConv2D(keras.layers.Conv2D):
     (arXiv 1903.10520); epsilon outside the root as in the paper's code.
     """
 
+    def add_weight(self, *args, name=None, autocast=True, **kwargs):
+        # In mixed precision the kernel is rounded when it is standardised, not before.
+        autocast = autocast and name != "kernel"
+        return super().add_weight(*args, name=name, autocast=autocast, **kwargs)
+
     def convolution_op(self, inputs, kernel):
         kernel = ops.cast(kernel, self.variable_dtype)
         kernel = kernel - ops.mean(kernel, axis=(0, 1, 2))

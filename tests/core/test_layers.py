@@ -319,6 +319,33 @@ def test_standardized_convolution():
     np.testing.assert_allclose(numpy(layer(x)), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("mixed_bfloat16", 0.03), ("mixed_float16", 0.004)]
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dtype: StandardizedConv2D(64, 3, dtype=dtype),
+        lambda dtype: BottleneckUnit(32, dtype=dtype),
+    ],
+    ids=["alone", "in a unit"],
+)
+def test_standardized_convolution_in_mixed_precision(make, dtype, tolerance):
+    """A kernel far from 0 keeps its differences, which rounding it first would take away."""
+    x = normal(2, 7, 9, 10)
+    outputs = {}
+    for policy in ("float32", dtype):
+        layer = make(policy)
+        layer.build(x.shape)
+        layer.set_weights([normal(*weight.shape) / 100 + 1 for weight in layer.weights])
+        outputs[policy] = layer(x)
+    assert keras.backend.standardize_dtype(outputs[dtype].dtype) == dtype.removeprefix("mixed_")
+    found, expected = (
+        numpy(keras.ops.cast(y, "float32")) for y in (outputs[dtype], outputs["float32"])
+    )
+    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="reads a TensorFlow graph")
 def test_every_tensor_has_rank_four_at_most():
     import tensorflow as tf
