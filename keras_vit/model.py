@@ -311,9 +311,10 @@ def _pixel_normalization(normalization, channels):
     if std.min() == 0:
         raise ValueError(f"The std of `normalization` must not be 0. Received: {normalization!r}.")
     return keras.layers.Rescaling(
-        # Along the channels, whatever `keras.config.image_data_format` is.
-        scale=(1 / (255 * std)).reshape(1, 1, -1).tolist(),
-        offset=(-mean / std).reshape(1, 1, -1).tolist(),
+        # Along the channels, whatever `keras.config.image_data_format` is; arrays, as Keras takes
+        # the numbers of lists through float32.
+        scale=(1 / (255 * std)).reshape(1, 1, -1),
+        offset=(-mean / std).reshape(1, 1, -1),
         dtype=_full_precision(),
         name="normalization",
     )

@@ -102,6 +102,20 @@ def test_arguments_read_back(name):
     np.testing.assert_array_equal(copy.predict(images, verbose=0), model.predict(images, verbose=0))
 
 
+def test_older_files_have_lists_in_their_normalization():
+    model, images = make("everything")
+    config = model.get_config()
+    [layer] = [layer for layer in config["layers"] if layer["name"] == "normalization"]
+    for name in ("scale", "offset"):
+        layer["config"][name] = layer["config"][name]["config"]["value"]
+        assert np.shape(layer["config"][name]) == (1, 1, 3)
+    older = keras.Model.from_config(config)
+    assert vit_arguments(older) == vit_arguments(model)
+    older.set_weights(model.get_weights())
+    expected = model.predict(images, verbose=0)
+    np.testing.assert_array_equal(older.predict(images, verbose=0), expected)
+
+
 def test_arguments_of_another_model():
     model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(2, name="only")])
     with pytest.raises(ValueError, match=r"must be one that .*build_vit.* made.*layers only"):
