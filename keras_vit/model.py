@@ -440,7 +440,9 @@ def vit_arguments(model):
         )
     patch_size = layers["patches"].patch_size
     patches = layers["patch_encoder"].get_config()
-    depth = sum(isinstance(layer, TransformerBlock) for layer in layers.values())
+    depth = 0  # a TransformerBlock of another name is none of the model's
+    while isinstance(layers.get(f"block_{depth}"), TransformerBlock):
+        depth += 1
     block = layers["block_0"].get_config()
     pooling = layers["pooling"]
     stem = layers.get("stem")

@@ -1000,6 +1000,10 @@ def test_no_part_of_a_model_is_left_out(tmp_path):
     x = keras.layers.Dense(5, activation="relu", name="pre_logits")(vit.output)
     with pytest.raises(ValueError, match=r"layers of its own, \['pre_logits'\]"):
         resized(keras.Model(vit.input, keras.layers.Dense(7, name="head")(x)))
+    block = keras_vit.TransformerBlock(3, 40, name="mine")
+    tokens = block(vit.get_layer("encoder_norm").output)
+    with pytest.raises(ValueError, match=r"layers of its own, \['mine'\]"):
+        resized(keras.Model(vit.input, vit.get_layer("pooling")(tokens)))
     outputs = [vit.output, vit.get_layer("encoder_norm").output]
     with pytest.raises(ValueError, match=r"a model with 2 outputs"):
         keras_vit.save_checkpoint(keras.Model(vit.input, outputs), path, "timm")
