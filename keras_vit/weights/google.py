@@ -155,8 +155,11 @@ def describe(checkpoint, num_heads=None, image_size=None, channels=None):
     known, assumed = checkpoint.config.get("image_size"), {}
     if positions in tensors:
         _, length, _ = checkpoint.shape(positions, 3)
-        # big_vision adds its positions to patches alone, before the class token stands there.
-        slots = (int(class_token and "posembed_input" in tensors[positions].name),)
+        # big_vision adds its positions to patches alone, before the class token stands there; its
+        # files from before 2022 do not.
+        slots = (0, 1) if class_token else (0,)
+        if class_token and "posembed_input" in tensors[positions].name:
+            slots = (1,)
         image_size = file_image_size(checkpoint, config, length, slots, known, image_size)
     elif image_size is None:
         image_size = known or 224

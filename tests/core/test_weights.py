@@ -402,6 +402,18 @@ def google_pre_linen(arrays):
     return arrays
 
 
+def old_big_vision(key):
+    """Before 2022, the class token had a position too, the first of the table."""
+
+    def change(arrays):
+        place = np.random.default_rng(0).normal(size=(1, 1, 24)).astype("float32")
+        table = np.concatenate([place, arrays["pos_embedding"]], axis=1)
+        rest = {name: a for name, a in arrays.items() if name != "pos_embedding"}
+        return {**rest, "cls": arrays["cls"] - place, key: table}
+
+    return change
+
+
 def old_group_norm(arrays):
     return {
         name: a.reshape(1, 1, 1, -1) if "/gn" in f"/{name}" else a for name, a in arrays.items()
@@ -481,6 +493,8 @@ def old_lucidrains(arrays):
         ("google_vit_token", google_prefixed("params/")),
         ("bigvision_map", google_prefixed("params/img/")),
         ("google_vit_prelogits", google_pre_linen),
+        ("bigvision_tok", old_big_vision("pos_embedding")),
+        ("bigvision_tok", old_big_vision("Transformer/pos_embedding")),
         ("google_vit_hybrid", old_group_norm),
         ("hf_vit", old_huggingface_mlp),
         ("hf_vit", without_prefix),
