@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_vit.config import check_positive_int
-from keras_vit.model import build_vit, check_whole, vit_arguments
+from keras_vit.model import NORMALIZATIONS, build_vit, check_whole, vit_arguments
 from keras_vit.positions import resize_positions
 from keras_vit.weights import google, huggingface, lucidrains, timm
 from keras_vit.weights.checkpoint import listed, open_checkpoint
@@ -256,8 +256,19 @@ def _differences(arguments, description):
     return {
         name: (arguments[name], theirs[name])
         for name in names
-        if name not in description.assumed and arguments[name] != theirs[name]
+        if name not in description.assumed and not _same(name, arguments[name], theirs[name])
     }
+
+
+def _same(name, ours, theirs):
+    """Whether two values of an argument are the same, normalisations but for rounding."""
+    if name != "normalization" or ours == theirs:
+        return ours == theirs
+    ours, theirs = (NORMALIZATIONS[n] if isinstance(n, str) else n for n in (ours, theirs))
+    return all(
+        (1 in (len(a), len(b)) or len(a) == len(b)) and np.allclose(a, b, rtol=0, atol=1e-9)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _load(model, checkpoint, family, description, interpolation):

@@ -1129,6 +1129,24 @@ def test_load_weights_warns_of_another_normalisation_and_pooling(tmp_path):
         keras_vit.load_weights(model, weights_file("timm_token"))
 
 
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [([1 / 3, 0.41, 0.52], [2 / 7, 0.2, 0.3]), ([1 / 3] * 3, [2 / 7] * 3)],
+    ids=["each", "equal"],
+)
+def test_load_weights_takes_a_rounded_normalisation_for_the_same(mean, std, tmp_path):
+    folder = folder_with(tmp_path, "timm_token", config={"mean": mean, "std": std})
+    config = keras_vit.ViTConfig(24, 3, 3, 96, 8)
+    base = {"variant": config, "image_size": 32, "num_classes": 7}
+    same = (mean, std) if len(set(mean)) > 1 else (mean[0], std[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras_vit.load_weights(keras_vit.build_vit(**base, normalization=same), folder)
+    model = keras_vit.build_vit(**base, normalization=(mean, [std[0] + 1e-6, *std[1:]]))
+    with pytest.warns(UserWarning, match=r"made with normalization=\(\(0.33"):
+        keras_vit.load_weights(model, folder)
+
+
 @pytest.mark.parametrize("name", ["timm_token", "hf_vit", "lucidrains_vit_cls"])
 def test_a_model_of_another_width_is_told_the_shapes(name):
     """Not that the heads do not divide: the model has 5, and the file a width of 24."""
