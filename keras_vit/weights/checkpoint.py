@@ -232,6 +232,7 @@ FACTS = (
     ),
     ("input_size", "three ints from 1 to 10,000", lambda value: _is_list(value, _is_count, (3,))),
     ("layer_norm_eps layer_norm_epsilon", "a number from 0 on", _is_number),
+    ("rescale_factor", "a number above 0", lambda value: _is_number(value) and value > 0),
     (
         "hidden_act gelu global_pool act_layer architecture",
         "a string",

@@ -6,6 +6,7 @@ beside the encoder is left out.
 Source: transformers `models/{vit,deit,dinov2,dinov2_with_registers}/modeling_*.py`, release 5.
 """
 
+import math
 import re
 
 from keras_vit.config import ViTConfig
@@ -93,6 +94,7 @@ def describe(checkpoint, num_heads=None, image_size=None, channels=None):
     Without config.json, heads are those of the variant of the same width, and the epsilon of the
     norms is 1e-6 for DINOv2 and 1e-12 for the others. Without preprocessor_config.json, pixels
     are normalised to [-1, 1] for ViT and with ImageNet's mean and standard deviation for others.
+    With do_rescale=False in it, it does not say the range of the pixels: [0, 1] is assumed.
     """
     tensors, facts = checkpoint.tensors, checkpoint.config
     hidden_dim, channels, patch_size, _ = checkpoint.shape(
@@ -120,13 +122,12 @@ def describe(checkpoint, num_heads=None, image_size=None, channels=None):
     assumed = {}
     if not (num_heads or facts.get("num_attention_heads")):
         assumed["num_heads"] = config.num_heads
-    if facts.get("do_normalize") is False:  # whatever mean and deviation stand beside it
-        normalization = ((0.0,), (1.0,))
-    elif facts.get("image_mean") and facts.get("image_std"):
-        normalization = normalization_of(facts["image_mean"], facts["image_std"])
-    else:
+    normalization = _normalization(facts)
+    if normalization is None:
         plain = not (dinov2 or distilled or registers)
         normalization = assumed["normalization"] = "minus_one_one" if plain else "imagenet"
+    elif facts.get("do_rescale") is False:
+        assumed["normalization"] = normalization
     epsilon = facts.get("layer_norm_eps")
     if epsilon is None:
         epsilon = assumed["layer_norm_epsilon"] = 1e-6 if dinov2 else 1e-12
@@ -152,6 +153,24 @@ def describe(checkpoint, num_heads=None, image_size=None, channels=None):
         interpolation="antialiased_bicubic" if registers and dinov2 else "bicubic",
         assumed=assumed,
     )
+
+
+def _normalization(facts):
+    """The normalisation of pixels in [0, 1] that the facts say, or None.
+
+    (x r - mean) / std for pixels x in [0, 255] and the rescale_factor r, which is 1 / 255 as a
+    rule: (x / 255 - s mean) / (s std) with s = 1 / (255 r).
+    """
+    if facts.get("do_normalize") is False:  # whatever mean and deviation stand beside it
+        mean, std = [0.0], [1.0]
+    elif facts.get("image_mean") and facts.get("image_std"):
+        mean, std = facts["image_mean"], facts["image_std"]
+    else:
+        return None
+    scale = 1 / (255 * facts.get("rescale_factor", 1 / 255))
+    if facts.get("do_rescale") is not False and not math.isclose(scale, 1, rel_tol=1e-6):
+        mean, std = ([scale * value for value in values] for values in (mean, std))
+    return normalization_of(mean, std)
 
 
 def _gelu(checkpoint):

@@ -803,6 +803,7 @@ def test_folders(tmp_path):
         (b'{"num_attention_heads": 10001}', "must be an int from 1 to 10,000.*=10001"),
         (b'{"layer_norm_eps": NaN}', "layer_norm_eps must be a number from 0 on. .*=nan"),
         (b'{"layer_norm_eps": "1e-6"}', "layer_norm_eps must be a number"),
+        (b'{"rescale_factor": 0}', "rescale_factor must be a number above 0. Received: .*=0"),
         (b'{"hidden_act": ["gelu"]}', "hidden_act must be a string"),
         (b'{"global_pool": {}}', "global_pool must be a string"),
         (b'{"image_mean": 0.5}', "image_mean must be a list of numbers. .*=0.5"),

@@ -649,6 +649,37 @@ def test_config_of_huggingface_without_normalization(tmp_path):
     np.testing.assert_allclose(scaled.ravel(), [0, 0.2, 1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("do_normalize", [True, False])
+@pytest.mark.parametrize("factor", [0.00392156862745098, 0.00392157, 1 / 127.5])
+def test_rescale_factor_of_huggingface(factor, do_normalize, tmp_path):
+    """The pixels are multiplied by it before they are normalised."""
+    mean, std = np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.45, 0.5])
+    facts = {"image_mean": list(mean), "image_std": list(std), "do_normalize": do_normalize}
+    facts |= {"rescale_factor": factor, "do_rescale": True}
+    config = {"layer_norm_eps": 1e-12}
+    folder = folder_with(tmp_path, "hf_vit", config=config, preprocessor_config=facts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = keras_vit.from_checkpoint(folder, num_heads=3)
+    pixels = np.array([3.0, 51.0, 255.0], "float32")
+    scaled = model.get_layer("normalization")(pixels.reshape(1, 1, 1, 3))
+    expected = (pixels * factor - mean) / std if do_normalize else pixels * factor
+    np.testing.assert_allclose(np.ravel(scaled), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pixels_of_huggingface_that_are_not_rescaled(tmp_path):
+    """Their range is not known: [0, 1] for the mean and deviation that stand there."""
+    facts = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_rescale": False}
+    config = {"layer_norm_eps": 1e-12}
+    folder = folder_with(tmp_path, "hf_vit", config=config, preprocessor_config=facts)
+    with pytest.warns(UserWarning, match=r"does not say its normalization: took .*minus_one_one"):
+        model = keras_vit.from_checkpoint(folder, num_heads=3)
+    assert vit_arguments(model)["normalization"] == ([0.5], [0.5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras_vit.from_checkpoint(folder, num_heads=3, normalization="imagenet")
+
+
 @pytest.mark.parametrize(
     ("name", "config", "match"),
     [
