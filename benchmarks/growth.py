@@ -7,8 +7,8 @@ what grows: its forward pass and training step as in speed.py, and its fp32 `.tf
 1, loaded anew). Beside the exponent p of x^p that fits best stands that of theory over the same
 points: for time, of the multiplications; for memory, of the bytes that must be kept. Each of the
 three is a process of its own, and in TensorFlow another one, without oneDNN, tells its memory: what
-one call takes beyond what the process held before it. That includes the weights of a file, which each call loads,
-but not those of a model in TensorFlow.
+one call takes beyond what the process held before it. That includes the weights of a file, which
+each call loads, but not those of a model in TensorFlow.
 
 Micro-batches: a training step of 64 images in k parts, and of 8 k images in k parts.
 """
