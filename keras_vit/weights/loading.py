@@ -46,15 +46,17 @@ def from_checkpoint(
             `(B, D)` (`(B, 2 D)` for DINOv2 with its classifier). Another number than the file's:
             a new head of zeros. `pre_logits` goes with the file's head.
         image_size: Side of the images in pixels, or `(height, width)`; None: the file's. The
-            positions are resized to it.
+            positions are resized to it. Of as many patches as the file has, in another grid than
+            the square one, it is an error unless the configuration says the file's size.
         num_heads: Attention heads, for files that do not say (timm, lucidrains, Hugging Face's
             without their config.json); None: those of the variant of the same width, and in
             lucidrains' attention as many as are 64 wide. A number that contradicts the file is an
             error.
         interpolation: How positions are resized, see `keras_vit.positions.resize_positions`;
             None: as the family's own code does.
-        **overrides: Other arguments of `build_vit`, such as `drop_path=0.1` or
-            `normalization=None` for images that come normalised.
+        **overrides: Other arguments of `build_vit`, such as `drop_path=0.1`,
+            `normalization=None` for images that come normalised, or `channels=4` for lucidrains'
+            files, which do not say it.
 
     Returns:
         A model of `build_vit`. It takes images in [0, 255] unless `normalization` is None.
