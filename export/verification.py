@@ -311,7 +311,8 @@ def verify(
             the model gives these. A name that `limits` has must keep to that limit; for any other
             name it is enough that all outputs are finite.
         images: float or uint8 array (N, H, W, C), as the model takes them.
-        labels: optional integer array (N,) of classes, for the accuracies.
+        labels: optional integer array (N,) of classes, for the accuracies; None for a model of one
+            output or without a head.
         limits: mapping of names to `Limit`.
         batch_size: images that the model and SavedModels take at a time.
         rounds: number of timings of each file; 0 for none.
@@ -325,8 +326,9 @@ def verify(
     Raises:
         TypeError: if `images` or `labels` have another dtype.
         ValueError: if there are no files, a path is missing or of another kind, `exports` names
-            another file, the shapes of images, labels, files and model do not fit each other, or
-            the images are in [0, 1] where the model takes [0, 255].
+            another file, the shapes of images, labels, files and model do not fit each other,
+            there are labels for a model without classes, or the images are in [0, 1] where the
+            model takes [0, 255].
     """
     images = _check_images(images)
     paths = {name: _check_path(path) for name, path in dict(files).items()}
