@@ -279,6 +279,7 @@ def test_finished_run_stays_as_it_is(uninterrupted, capsys):
     assert contents() == before
 
 
+@pytest.mark.filterwarnings("error:Your input ran out of data")  # as Keras says of such parts
 def test_all_devices_of_a_machine_train_as_one(tmp_path, monkeypatch, uninterrupted):
     """Each of the four has its part of a batch, and of the last one of the validation."""
     # `build_strategy` takes TensorFlow's default way to reduce, which cannot have groups of 2 and

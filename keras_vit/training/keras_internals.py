@@ -105,6 +105,7 @@ class StrategyModel(keras.Model):
         # Keras averages the batch over the replicas here, which fails where its parts differ in
         # size, and under MultiWorkerMirroredStrategy altogether.
         if self.strategy is not None and iterator is not None:
+            iterator.reset()  # that of validation may have come to its end before
             _, _, batches = next(iterator._enumerate_iterator())
             data_batch = keras.tree.map_structure(
                 lambda value: self.strategy.experimental_local_results(value)[0], next(batches)
