@@ -100,10 +100,7 @@ def _fit(run, vit, model, data, recipe, console, workers, position):
     progress = Progress(console, recipe.batch_size)
     finite = StopOnNonFinite(position["step"])
     callbacks = [finite, progress, Averages(), best, *_logs(run, workers), checkpoints]
-    at_once = recipe.batch_size // recipe.micro_batches  # what a training step holds, and more
-    batches, validation = _batches(
-        data, recipe, model, options["seed"], workers, position["step"], at_once
-    )
+    batches, validation = _batches(data, recipe, model, options["seed"], workers, position["step"])
     guard = lost_workers(run.folder, checkpoints)
     with contextlib.closing(progress), checkpoints.listening(), guard:
         model.fit(
@@ -113,7 +110,7 @@ def _fit(run, vit, model, data, recipe, console, workers, position):
             initial_step=position["step_of_epoch"],
             steps_per_epoch=steps,
             validation_data=validation,
-            validation_steps=math.ceil(data.validation.count / at_once),
+            validation_steps=math.ceil(data.validation.count / _at_once(recipe)),
             callbacks=callbacks,
             shuffle=False,  # the batches are
             verbose=0,
@@ -132,9 +129,14 @@ def _logs(run, workers):
     ]
 
 
-def _batches(data, recipe, model, seed, workers, first_step, at_once):
-    """The batches of training, from a step on, and those of validation, of `at_once` images."""
-    size, batch_size = model.input_shape[1:3], recipe.batch_size
+def _at_once(recipe):
+    """The images of a batch of validation: a training step holds as many, and more of each."""
+    return recipe.batch_size // recipe.micro_batches
+
+
+def _batches(data, recipe, model, seed, workers, first_step):
+    """The batches of training, from a step on, and those of validation."""
+    size, batch_size, at_once = model.input_shape[1:3], recipe.batch_size, _at_once(recipe)
 
     def training(shard):
         return training_batches(

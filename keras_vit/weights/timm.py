@@ -171,10 +171,10 @@ def _check_architecture(checkpoint):
             )
     mlp_dim, _ = checkpoint.shape("blocks.0.mlp.fc1.weight", 2)
     _, inputs = checkpoint.shape("blocks.0.mlp.fc2.weight", 2)
-    if mlp_dim != inputs:
+    if mlp_dim == 2 * inputs:
         raise checkpoint.error(
-            "gated MLPs (SwiGLU) are not supported: the inputs of fc2 must be the outputs of fc1. "
-            f"Received: {inputs} inputs and {mlp_dim} outputs."
+            "gated MLPs (SwiGLU) are not supported. "
+            f"Received: fc1 of {mlp_dim} outputs, twice the inputs of fc2."
         )
     prefix = [name for name in ("cls_token", "dist_token", "reg_token") if name in tensors]
     whole = (facts.get("model_args") or {}).get("pool_include_prefix")
