@@ -234,9 +234,8 @@ def against(entry, modes, what):
     return [entry["peak_bytes"] / min(peaks)] if all([entry["peak_bytes"], *peaks]) else [None]
 
 
-def verdict(values, reached):
-    """`values` by minimum and by median, of which the first decides."""
-    kept = [reached(value) for value in values]
+def verdict(kept):
+    """Of whether a goal is kept by minimum and by median, of which the first decides."""
     if all(kept):
         return "kept"
     return "kept by the minimum alone" if kept[0] else "missed"
@@ -246,13 +245,12 @@ def goals_table(result):
     rows = []
     for name, what, peer, goal, values, bound in judged(result):
         speed = what == "speed"
-        reached = (lambda value: value >= goal) if speed else (lambda value: value <= goal)  # noqa: B023
         rows.append(
             (
                 f"{name}: {what} / {peer}",
                 f"{'>=' if speed else '<='} {goal}",
                 ", ".join(f"{value:.3f}" for value in values),
-                verdict(values, reached),
+                verdict([value >= goal if speed else value <= goal for value in values]),
                 ", ".join(f"{value:.2f}" for value in bound or ()),
             )
         )

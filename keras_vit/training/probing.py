@@ -32,7 +32,7 @@ from keras_vit.config import check_positive_int
 from keras_vit.data import load_data
 from keras_vit.data.pipeline import resize, untuned
 from keras_vit.data.sources import check_outside
-from keras_vit.files import replacing, write_json
+from keras_vit.files import is_free, replacing, write_json
 from keras_vit.model import vit_arguments
 from keras_vit.training.backbone import load_backbone
 from keras_vit.training.fewshot import few_shot_accuracies
@@ -298,7 +298,7 @@ def extract_features(model, split, count, batch_size, report):
 
 def check_probe_folder(folder):
     """Raises ValueError if something else than a probe stands at `folder`."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_free(folder):
         return
     if not (folder / "probe.json").exists() and not (folder / "features").is_dir():
         raise ValueError(f"{folder} exists and is not the folder of a probe: choose another path.")
