@@ -20,7 +20,7 @@ notebooks: $(READY)
 
 test: lint test-tensorflow test-jax
 
-# What takes too long for every change: the published sizes whole.
+# What takes too long for every change: the published sizes whole, and two of the notebooks.
 .PHONY: test-slow
 test-slow: $(READY)
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m slow

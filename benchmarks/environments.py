@@ -14,8 +14,6 @@ import subprocess
 import sys
 import venv
 
-import filelock
-
 FOLDER = pathlib.Path(__file__).parent / ".environments"
 TORCH = ("torch==2.14.1", "torchvision==0.29.1")
 TENSORFLOW = ("tensorflow==2.21.*", "keras==3.15.*")
@@ -52,6 +50,8 @@ def python_of(name, make=True):
     if not is_ready(name):
         if not make:
             raise Missing(f"benchmarks/.environments/{name} is not there")
+        import filelock  # here: the peers' environments import this file, and not all have it
+
         FOLDER.mkdir(exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):  # another benchmark may make it
             if not is_ready(name) and (reason := why_not(name)):

@@ -16,6 +16,7 @@ PRETRAINED = pathlib.Path(
     os.environ.get("KERAS_VIT_PRETRAINED")
     or pathlib.Path(__file__).parents[2] / "shared" / "pretrained"
 )
+LONG = ("02_finetune", "03_to_the_phone")  # minutes each
 LARGEST = 400_000  # bytes
 ABSOLUTE_PATH = re.compile(r"(?<![\w<>./:)-])(/[\w.-]+){2,}|\b[A-Z]:\\")
 
@@ -74,6 +75,13 @@ def test_all_four_are_there():
     ]
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else [])
+        for path in NOTEBOOKS
+    ],
+)
 def test_notebook_runs(path, monkeypatch):
     """And prints what is stored, its numbers aside."""
     if "KERAS_VIT_PRETRAINED" in path.read_text():

@@ -73,7 +73,7 @@ def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 
     first, size = _part(batch_size, shard)
     places = np.arange(split.count)
     places = places[(places % batch_size >= first) & (places % batch_size < first + size)]
-    images = _resized(tf.data.Dataset.from_tensor_slices(places), split, image_size)
+    images = resized_images(split, places, image_size)
     if cached and len(places) * _image_bytes(image_size) <= CACHE_BYTES:
         images = images.cache()
     batches = _one_hot(images.batch(size), num_classes)
@@ -83,11 +83,46 @@ def evaluation_batches(split, image_size, batch_size, num_classes, *, shard=(0, 
     return untuned(batches.prefetch(PREFETCHED))
 
 
-def spread_images(split, image_size, count):
-    """Images from all over a split as arrays, always the same ones, in order.
+def spread_places(total, count):
+    """Places all over a split, always the same ones, in order.
 
     One is drawn from each of `count` equal parts: a split may be sorted by class, or its classes
     may take turns.
+
+    Args:
+        total: Images of the split.
+        count: How many at most.
+
+    Returns:
+        int indices `(N,)`; all of them if `count` is not below `total`.
+    """
+    count = min(count, total)
+    edges = np.arange(count + 1) * total // count
+    return np.random.default_rng(0).integers(edges[:-1], edges[1:])
+
+
+def resized_images(split, places, image_size):
+    """The images of a split at these places, at the model's size.
+
+    Args:
+        split: A `Split`.
+        places: int indices `(N,)`.
+        image_size: `(height, width)` in pixels.
+
+    Returns:
+        `tf.data.Dataset` of (uint8 image `(H, W, 3)`, int label), in this order.
+    """
+
+    def read(index):
+        image, label = split.load(index)
+        return resize(image, image_size), label
+
+    indices = tf.data.Dataset.from_tensor_slices(places)
+    return indices.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def spread_images(split, image_size, count):
+    """Images from all over a split as arrays, those of `spread_places`.
 
     Args:
         split: A `Split`.
@@ -97,9 +132,7 @@ def spread_images(split, image_size, count):
     Returns:
         uint8 images `(N, H, W, 3)` and int labels `(N,)`.
     """
-    count = min(count, split.count)
-    edges = np.arange(count + 1) * split.count // count
-    return _read(split, image_size, np.random.default_rng(0).integers(edges[:-1], edges[1:]))
+    return _read(split, image_size, spread_places(split.count, count))
 
 
 def sample_ids(step, batch_size, count, seed):
@@ -228,26 +261,15 @@ def _fits_in_memory(split, image_size):
     return small and split.count * _image_bytes(image_size) <= CACHE_BYTES
 
 
-def _read(split, image_size, indices):
-    """The images of a split at these indices, at the model's size, and their labels, as arrays."""
-    count = len(indices)
+def _read(split, image_size, places):
+    """The images of a split at these places, at the model's size, and their labels, as arrays."""
+    count = len(places)
     images, labels = np.empty((count, *image_size, 3), np.uint8), np.empty(count, np.int32)
-    resized = _resized(tf.data.Dataset.from_tensor_slices(indices), split, image_size)
-    batches = untuned(resized.batch(_READ_AT_ONCE))
+    batches = untuned(resized_images(split, places, image_size).batch(_READ_AT_ONCE))
     read = (pair for batch in batches.as_numpy_iterator() for pair in zip(*batch, strict=True))
     for index, (image, label) in enumerate(progress(read, "Reading images", count)):
         images[index], labels[index] = image, label
     return images, labels
-
-
-def _resized(indices, split, image_size):
-    """The (uint8 image, label) of a split's indices, at the model's size."""
-
-    def read(index):
-        image, label = split.load(index)
-        return resize(image, image_size), label
-
-    return indices.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
 def _image_bytes(image_size):

@@ -30,7 +30,7 @@ from sklearn.preprocessing import StandardScaler
 
 from keras_vit.config import check_positive_int
 from keras_vit.data import load_data
-from keras_vit.data.pipeline import resize, untuned
+from keras_vit.data.pipeline import resized_images, spread_places, untuned
 from keras_vit.data.sources import check_outside
 from keras_vit.files import is_free, replacing, write_json
 from keras_vit.model import vit_arguments
@@ -130,9 +130,9 @@ def probe(
         out: The folder to write. Features that it holds for the same arguments are not computed
             again: a call that was interrupted goes on with the split it was at.
         image_size: Pixels, or `(height, width)`; None: the checkpoint's.
-        train_images: Number of training images, the first of their split; None: 10,000. More
+        train_images: Number of training images, from all over their split; None: 10,000. More
             than there are means all, here and for the test. Validation takes 2,000 at most.
-        test_images: Number of test images, the first of their split; None: all.
+        test_images: Number of test images, from all over their split; None: all.
         num_heads: Attention heads, of a checkpoint that does not say; None: the checkpoint's.
         normalization: Of the pixels, as `build_vit` takes it; None: the checkpoint's.
         batch_size: Images at a time.
@@ -263,7 +263,7 @@ def logistic_regression(train, validation, test, grid=C_GRID):
 
 
 def extract_features(model, split, count, batch_size, report):
-    """Runs a model over the first images of a split, each once and in order.
+    """Runs a model over images of a split, each once: those of `spread_places`.
 
     Args:
         model: A Keras model, images `(B, H, W, 3)` in [0, 255] -> features `(B, D)`.
@@ -275,17 +275,8 @@ def extract_features(model, split, count, batch_size, report):
     Returns:
         float32 features `(count, D)` and int labels `(count,)`.
     """
-    size = model.input_shape[1:3]
-    batches = untuned(
-        split.dataset.take(count)
-        .map(
-            lambda image, label: (resize(image, size), label),
-            num_parallel_calls=tf.data.AUTOTUNE,
-            deterministic=True,
-        )
-        .batch(batch_size)
-        .prefetch(tf.data.AUTOTUNE)
-    )
+    images = resized_images(split, spread_places(split.count, count), model.input_shape[1:3])
+    batches = untuned(images.batch(batch_size).prefetch(tf.data.AUTOTUNE))
     features, labels = [], []
     for images, batch_labels in batches:
         missing = batch_size - len(images)  # filled up: another shape would be compiled anew
