@@ -416,7 +416,7 @@ def masks(
 
     data = tf.data.Dataset.from_tensors((np.eye(rows, dtype="float32"), np.zeros(rows)))
     model.fit(
-        data.repeat(STEPS),
+        untuned(data.repeat(STEPS)),
         shuffle=False,
         verbose=0,
         callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=note)],
