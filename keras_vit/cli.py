@@ -425,10 +425,10 @@ def probe(
         int | None, typer.Option(help="Pixels (default: the checkpoint's).")
     ] = None,
     train_images: Annotated[
-        int | None, typer.Option(help="Training images, from all over (default: 10,000).")
+        int | None, typer.Option(help="Training images, from all over the split (default: 10,000).")
     ] = None,
     test_images: Annotated[
-        int | None, typer.Option(help="Test images, from all over (default: all).")
+        int | None, typer.Option(help="Test images, from all over the split (default: all).")
     ] = None,
     num_heads: Annotated[
         int | None, typer.Option(help="Attention heads, if the checkpoint does not say.")

@@ -263,7 +263,7 @@ def logistic_regression(train, validation, test, grid=C_GRID):
 
 
 def extract_features(model, split, count, batch_size, report):
-    """Runs a model over images of a split, each once: those of `spread_places`.
+    """Runs a model over images of a split, each once and in order: those of `spread_places`.
 
     Args:
         model: A Keras model, images `(B, H, W, 3)` in [0, 255] -> features `(B, D)`.
@@ -275,8 +275,8 @@ def extract_features(model, split, count, batch_size, report):
     Returns:
         float32 features `(count, D)` and int labels `(count,)`.
     """
-    images = resized_images(split, spread_places(split.count, count), model.input_shape[1:3])
-    batches = untuned(images.batch(batch_size).prefetch(tf.data.AUTOTUNE))
+    resized = resized_images(split, spread_places(split.count, count), model.input_shape[1:3])
+    batches = untuned(resized.batch(batch_size).prefetch(tf.data.AUTOTUNE))
     features, labels = [], []
     for images, batch_labels in batches:
         missing = batch_size - len(images)  # filled up: another shape would be compiled anew
