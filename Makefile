@@ -20,7 +20,8 @@ notebooks: $(READY)
 
 test: lint test-tensorflow test-jax
 
-# What takes too long for every change: the published sizes whole, and two of the notebooks.
+# What takes too long for every change: the published sizes whole, three of the notebooks, pairs of
+# options of which each has a test.
 .PHONY: test-slow
 test-slow: $(READY)
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m slow

@@ -292,6 +292,7 @@ def test_continues_the_same_in_a_fresh_process(run, tmp_path):
         np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_scaled_loss_and_xla(checkpoint, source, tmp_path):
     """With a decay so strong that the first layers hardly move, and the head does."""
     arguments = {"precision": "mixed_float16", "jit_compile": True, "layer_decay": 1e-4}

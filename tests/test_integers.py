@@ -210,8 +210,19 @@ def map_features():
     return build(num_classes=0, pooling="map")
 
 
-@pytest.mark.parametrize("make", [sigmoid_head, softmax_head, tanh_features, map_features])
-@pytest.mark.parametrize("mode", export.NPU_MODES)
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        (sigmoid_head, "int8_full"),
+        (softmax_head, "a16w8"),
+        (tanh_features, "a16w8"),
+        (map_features, "int8_full"),
+        pytest.param(sigmoid_head, "a16w8", marks=pytest.mark.slow),
+        pytest.param(softmax_head, "int8_full", marks=pytest.mark.slow),
+        pytest.param(tanh_features, "int8_full", marks=pytest.mark.slow),
+        pytest.param(map_features, "a16w8", marks=pytest.mark.slow),
+    ],
+)
 def test_integer_ends_of_other_outputs(tmp_path, make, mode):
     """What they end in has 8 bits already, or a range of its own."""
     model = make()

@@ -16,7 +16,7 @@ PRETRAINED = pathlib.Path(
     os.environ.get("KERAS_VIT_PRETRAINED")
     or pathlib.Path(__file__).parents[2] / "shared" / "pretrained"
 )
-LONG = ("02_finetune", "03_to_the_phone")  # minutes each
+LONG = ("01_quickstart", "02_finetune", "03_to_the_phone")  # minutes each
 LARGEST = 400_000  # bytes
 ABSOLUTE_PATH = re.compile(r"(?<![\w<>./:)-])(/[\w.-]+){2,}|\b[A-Z]:\\")
 

@@ -193,7 +193,10 @@ class TestTrainingBatches:
         np.testing.assert_array_equal(found[0], images[first_step:])
         np.testing.assert_array_equal(found[1], labels[first_step:])
 
-    @pytest.mark.parametrize("count", [2, 3, 6])
+    @pytest.mark.parametrize(
+        "count",
+        [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)],
+    )
     def test_shards_side_by_side_are_the_batch(self, case, count):
         arguments, options, (images, labels) = case
         shards = [

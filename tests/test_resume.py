@@ -206,6 +206,7 @@ def test_state_has_what_a_step_depends_on(uninterrupted):
         assert any(part in name for name in names), part
 
 
+@pytest.mark.slow
 def test_scaled_loss_and_xla(tmp_path, killed_at):
     recipe = Recipe(CONFIG, image_size=8, epochs=1, batch_size=256, dropout=0.1, ema=0.9)
     arguments = {"recipe": recipe, "precision": "mixed_float16", "jit_compile": True}
