@@ -27,7 +27,7 @@ test-slow: $(READY)
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m slow
 
 # Three processes for two cores, as many tests wait; each takes whole files, in the order of
-# tests/conftest.py: the longest first.
+# tests/conftest.py.
 IN_PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-tensorflow

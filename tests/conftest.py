@@ -21,7 +21,7 @@ import pytest
 LOGICAL_CPUS = 4
 
 # The files of minutes, first, so that the processes that share them end together; `digits_run` is
-# trained by the first of all, and nobody waits for it.
+# trained by the first, while the others have files that do without it.
 LONGEST = (
     "test_training",
     "test_resume",
