@@ -2,6 +2,8 @@
 
 import io
 import logging
+import pathlib
+import re
 import struct
 import subprocess
 import sys
@@ -306,6 +308,22 @@ def test_cmyk_with_black_is_rounded_down():
 
 
 # Probabilities
+
+
+def test_code_of_the_readme(model, saved, tmp_path, monkeypatch, capsys):
+    """The fixture names three classes, where the README speaks of five."""
+    text = pathlib.Path(export.__file__).with_name("README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    content = encode(photograph(50, 30), "JPEG")
+    (tmp_path / "photo.jpg").write_bytes(content)
+    (tmp_path / "saved_model").symlink_to(saved)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "export/README.md", "exec"), {})
+    (tmp_path / "files").mkdir()
+    [names], [values] = expected_of(model, [content], tmp_path / "files", LABELS, top=3)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [name for _, name in lines] == list(names)
+    np.testing.assert_allclose([float(value) for value, _ in lines], values, atol=6e-4)
 
 
 def test_bytes_give_the_answers_of_predict(model, serve, tmp_path):
