@@ -64,7 +64,7 @@ def test_array_to_phone(tmp_path, capsys):
     result = run(EXAMPLE)["result"]
     result.check()
     [reference, file] = result.rows
-    assert min(reference.accuracy, file.accuracy) > 0.7
+    assert min(reference.accuracy, file.accuracy) > 0.8
     assert "dynamic_int8" in capsys.readouterr().out
     assert (tmp_path / "digits.tflite").exists()
 
