@@ -9,7 +9,7 @@ import pathlib
 import sys
 import tempfile
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +25,22 @@ app = typer.Typer(
 )
 
 DATA_HELP = "digits, folder:PATH, tfds:NAME[:CONFIG] or tfrecord:PATH."
+
+
+def parse_image_size(text):
+    """The image size that "224" or "224,320" says: an int, or `(height, width)`."""
+    sides = text.split(",")
+    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
+        raise typer.BadParameter(f"must be PIXELS or HEIGHT,WIDTH, such as 224,320, not {text!r}.")
+    height, *width = map(int, sides)
+    return (height, *width) if width else height
+
+
+def image_size_option(default):
+    """An option --image-size; `default` says what holds without it."""
+    help = f"Pixels, or HEIGHT,WIDTH (default: {default})."
+    return Annotated[Any, typer.Option(parser=parse_image_size, metavar="SIZE", help=help)]
+
 
 RunArgument = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="A run folder.")]
 DataOption = Annotated[str | None, typer.Option(help="Other data of the same classes.")]
@@ -101,9 +117,7 @@ def train(
     variant: Annotated[
         str | None, typer.Option(help="A ViT of the table, such as Ti/16 (default: the recipe's).")
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Pixels (default: the recipe's, or the checkpoint's).")
-    ] = None,
+    image_size: image_size_option("the recipe's, or the checkpoint's") = None,
     patch_size: Annotated[int | None, typer.Option(help="Pixels (default: the variant's).")] = None,
     pooling: Annotated[str | None, typer.Option(help="token, mean, gap, token+gap or map.")] = None,
     position: Annotated[str | None, typer.Option(help="learned or sincos2d.")] = None,
@@ -226,7 +240,8 @@ def check_resume_options(context):
     if given:
         raise ValueError(
             "--resume continues a run as it was begun: --strategy can be given with it, and, with "
-            f"--data, the place where its images are now. Received: {', '.join(given)}."
+            "--data, the place where its images are now. To train otherwise, begin another run, "
+            f"without --resume. Received: {', '.join(given)}."
         )
 
 
@@ -263,7 +278,7 @@ def data_speed(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe."),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels (default: the recipe's).")] = None,
+    image_size: image_size_option("the recipe's") = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     rounds: Annotated[int, typer.Option(help="How often to measure.")] = 5,
     compare_keras: Annotated[
@@ -323,7 +338,8 @@ def evaluate(
         scores = [f"{row[key]:.3f}" for key in ("precision", "recall", "f1")]
         table.add_row(escape(row["class"]), f"{row['images']:,}", *scores)
     Console().print(table)
-    print(f"top-1 {result.top1:.4f}  top-5 {result.top5:.4f} -> {folder}")
+    top5 = f"  top-5 {result.top5:.4f}" if len(run.class_names) > 5 else ""
+    print(f"top-1 {result.top1:.4f}{top5} -> {folder}")
 
 
 @app.command()
@@ -378,7 +394,7 @@ def explain(
         pathlib.Path | None,
         typer.Option(help="Folder (default: RUN/explanation or runs/explain-CHECKPOINT)."),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
+    image_size: image_size_option("the model's") = None,
     count: Annotated[int, typer.Option(help="Images at most, the first ones.", min=1)] = 24,
     num_heads: Annotated[
         int | None, typer.Option(help="Attention heads, if the checkpoint does not say.")
@@ -421,9 +437,7 @@ def probe(
     out: Annotated[
         pathlib.Path | None, typer.Option(help="Folder (default: runs/probe-WEIGHTS-DATA).")
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Pixels (default: the checkpoint's).")
-    ] = None,
+    image_size: image_size_option("the checkpoint's") = None,
     train_images: Annotated[
         int | None, typer.Option(help="Training images, from all over the split (default: 10,000).")
     ] = None,

@@ -71,7 +71,7 @@ def test_train_evaluate_predict_in_processes_of_their_own(tmp_path):
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{index}.png")
     run = tmp_path / "run"
     data = f"folder:{tmp_path / 'photos'}"
-    arguments = ("--data", data, "--out", run, "--epochs", 6, "--set", "image_size=16,24")
+    arguments = ("--data", data, "--out", run, "--epochs", 6, "--image-size", "16,24")
     arguments += ("--no-xla",)
     out, err = run_cli("train", *arguments)
     assert "2 classes (blue, red), 32 training, 4 validation, 4 test images" in out
@@ -104,10 +104,13 @@ def test_unreadable_files_are_named_or_skipped(tmp_path):
         invoke(*train)
     out = invoke(*train, "--skip-unreadable", "--epochs", 1, "--image-size", 8, "--no-xla")
     assert "1 unreadable skipped" in out
+    assert re.search(r"skipped: .*notes\.jpg': \w+", out)
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert info["data"]["skipped"] == 1
     assert info["options"]["jit_compile"] is False
-    assert "top-1" in invoke("evaluate", tmp_path / "run")
+    out = invoke("evaluate", tmp_path / "run")
+    assert "top-1" in out
+    assert "top-5" not in out  # of two classes
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,23 @@ def test_xla(monkeypatch, arguments, expected):
     monkeypatch.setattr(training, "train", lambda *_, **options: asked.update(options))
     invoke("train", "--data", "digits", *arguments)
     assert asked["jit_compile"] == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("24", 24), ("24, 32", (24, 32))])
+def test_image_size(monkeypatch, text, expected):
+    asked = {}
+    monkeypatch.setattr(training, "train", lambda *_, **options: asked.update(options))
+    invoke("train", "--data", "digits", "--image-size", text)
+    assert asked["image_size"] == expected
+
+
+@pytest.mark.parametrize("text", ["", "24,", "24x32", "24,32,3", "-24", "24.0"])
+def test_an_image_size_that_is_none(text):
+    result = CliRunner().invoke(cli.app, ["train", "--image-size", text])
+    assert result.exit_code == 2
+    assert f"must be PIXELS or HEIGHT,WIDTH, such as 224,320, not {text!r}" in " ".join(
+        result.stderr.split()
+    )
 
 
 def test_a_field_is_given_once(tmp_path):

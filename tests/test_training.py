@@ -355,6 +355,22 @@ def test_header(gpus, replicas, hidden, said, tmp_path, monkeypatch, capsys):
         f"2 blocks of width 16, patches of 4 px, images of 8 px, 4,321 parameters, on {said}\n"
     )
     assert ("TensorFlow found no GPU: pip install" in out) == (not gpus and not hidden)
+    assert "note: 4 patches are few" in out
+
+
+def test_header_of_enough_patches(tmp_path, capsys):
+    model = model_of(dataclasses.replace(SMALL, image_size=(8, 32)), 6)  # 2 x 8
+    info = {
+        "data": {"name": "fish", "class_names": list("ab"), "skipped": 0}
+        | {"train": 12, "validation": 3, "test": 4},
+        "weights": None,
+        "recipe": dataclasses.asdict(SMALL),
+        "model": {"image_size": [8, 32], "parameters": 4321},
+    }
+    report.print_header(report.chief_console(Workers()), Run(tmp_path, info), model, Workers())
+    out = capsys.readouterr().out
+    assert "images of 8 x 32 px" in out
+    assert "few" not in out
 
 
 @pytest.mark.parametrize(
@@ -432,7 +448,7 @@ def test_what_cannot_be_cleared_away_does_not_hide_why_it_failed(stuck, tmp_path
         ({"data": "folder:/no/photos"}, r"does not exist.*/no/photos"),
         ({"data": "tfrecord:/no/photos"}, r"must exist.*/no/photos"),
         ({"variant": "Ti/17"}, r"`variant` must be one of.*'Ti/17'"),
-        ({"recipe": "smal"}, r"`recipe` must be one of.*'smal'"),
+        ({"recipe": "smal"}, r"`recipe` must be one of.* Did you mean small\? Received: 'smal'"),
         ({}, r"exists and is not a run folder"),
     ],
 )

@@ -106,7 +106,7 @@ class ImageData:
             size, otherwise the median over the training images or a sample of them.
         fingerprint: SHA-256 in hex over what identifies the data and their splits. The place
             of the data on the disk is no part of it.
-        skipped: Paths of the unreadable files that were left out.
+        skipped: What is wrong with each unreadable file that was left out, and its path.
     """
 
     name: str

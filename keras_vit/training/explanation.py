@@ -81,7 +81,7 @@ def explain(
         source: A run folder, or a checkpoint as `keras_vit.from_checkpoint` takes it.
         images: Image files, and folders with image files in them or below.
         out: The folder to write, which appears when it is complete.
-        image_size: Side of the images in pixels; None: the model's.
+        image_size: Side of the images in pixels, or `(height, width)`; None: the model's.
         num_heads: Attention heads, for checkpoints that do not say.
         normalization: As in `build_vit`; None: what the checkpoint says.
         count: How many images at most, the first ones.

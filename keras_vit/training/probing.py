@@ -364,8 +364,8 @@ def _print_header(console, info, data):
         f"{info['weights']}: {info['width']:,} features of images of {height} x {width} px\n"
         f"{data.name}: {data.num_classes} classes, {', '.join(counts)} images"
     )
-    for path in data.skipped:
-        console.print(f"skipped {path}")
+    for error in data.skipped:
+        console.print(f"skipped: {error}")
 
 
 def _features(folder, info, model, data, batch_size, console):

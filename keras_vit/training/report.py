@@ -13,6 +13,7 @@ from keras_vit.files import replacing
 from keras_vit.model import vit_arguments
 
 LARGE_SIDE = 384  # pixels, the paper's for fine-tuning
+FEW_PATCHES = 16  # less than a grid of 4 x 4, as the smallest recipe has
 _SHOWN_CLASSES = 5
 _NVIDIA_DRIVER = pathlib.Path("/proc/driver/nvidia")
 
@@ -38,6 +39,12 @@ def print_header(console, run, model, workers):
         f"{_size(run.info['recipe'], model)}, images of {pixels} px, "
         f"{facts['parameters']:,} parameters, on {_devices(workers.replicas)}"
     )
+    patches = model.get_layer("patches").output.shape[1]
+    if patches < FEW_PATCHES:
+        console.print(
+            f"note: {patches} patches are few for a transformer; a larger image_size "
+            "(--image-size) or a smaller patch_size (--patch-size) gives more"
+        )
     if _misses_gpu():
         console.print(
             "note: this machine has an NVIDIA driver, and TensorFlow found no GPU: "

@@ -158,8 +158,8 @@ def train(
         print_header(console, run, model, workers)
         if weights is not None and recipe.image_size is None:
             print_large(console, model)
-        for path in data.skipped:
-            console.print(f"skipped {path}")
+        for error in data.skipped:
+            console.print(f"skipped: {error}")
         fit_and_record(run, vit, model, data, recipe, console, workers)
     return run
 
