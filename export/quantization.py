@@ -49,9 +49,10 @@ DYNAMIC_RULES = (
     (".*", _Op.ALL_SUPPORTED, _DYNAMIC),
     ("mean_square", _Op.FULLY_CONNECTED, None),
 )
-# XNNPACK multiplies int8 matrices of activations only if their zero point is 0, and a tensor keeps
-# its scale while it is reshaped, transposed and split. What goes in and out of the MLP's layers,
-# the result of a GELU above all, is not symmetric.
+# Of two int8 matrices of activations, XNNPACK wants the zero point of the second to be 0, and a
+# tensor keeps its scale while it is reshaped, transposed and split. What goes in and out of the
+# MLP's layers, the result of a GELU above all, is not symmetric; nor are the probabilities, see
+# `_use_all_levels`.
 MIXED_RULES = DYNAMIC_RULES + tuple(
     (regex, operation, _static(symmetric, weights))
     for regex, operation, symmetric, weights in (
@@ -197,7 +198,9 @@ class FloatFile:
             model.update_quantization_recipe(regex, operation, config, algorithm)
         result = model.quantize(ranges, enable_progress_report=False, enable_progress_bar=False)
         content = result.quantized_model
-        return pack(schema.ModelT.InitFromPackedBuf(content), content)
+        model = schema.ModelT.InitFromPackedBuf(content)
+        _use_all_levels(model)
+        return pack(model, content)
 
     def _ranges(self, rules):
         """The ranges of the activations as litert-quantizer takes them."""
@@ -265,6 +268,31 @@ class FloatFile:
             bias = constant(model, layer.bias) + mean @ (kernel - rounded)
         limits = np.float32(scales.T * (2 ** (config.num_bits - 1) - 1))
         return np.float32(rounded.T), bias, limits
+
+
+def _use_all_levels(model):
+    """Gives probabilities, which are never negative, all levels instead of the upper half.
+
+    They are the first factor of their product, which may have a zero point; litert-quantizer has
+    one rule for both factors.
+    """
+    graph = model.subgraphs[0]
+    makers = {int(operator.outputs[0]): operator for operator in graph.operators}
+
+    def kind(tensor):
+        return operation_name(model, makers[tensor]) if tensor in makers else None
+
+    for operator in graph.operators:
+        first = int(operator.inputs[0])
+        if (
+            operation_name(model, operator) == "BATCH_MATMUL"
+            and kind(first) == "QUANTIZE"
+            and kind(int(makers[first].inputs[0])) == "SOFTMAX"
+        ):
+            levels = graph.tensors[first].quantization
+            if graph.tensors[first].type == schema.TensorType.INT8 and levels.zeroPoint[0] == 0:
+                levels.scale = np.float32(levels.scale * (127 / 255))
+                levels.zeroPoint = np.array([-128], "int64")
 
 
 def _in_float(model):

@@ -463,7 +463,7 @@ def operators(path):
 
 
 def test_int8_mixed_multiplies_integers(files):
-    """Every product within a block; for XNNPACK, zero points are 0 where both are activations."""
+    """Every product within a block; for XNNPACK, the zero point of a second activation is 0."""
     products = [
         (name, output.name.decode(), inputs)
         for name, output, inputs in operators(files["vit", "int8_mixed"])
@@ -471,9 +471,13 @@ def test_int8_mixed_multiplies_integers(files):
     ]
     attention = [inputs for name, _, inputs in products if name == "BATCH_MATMUL"]
     assert len(attention) == 2 * CONFIG.depth
-    for tensor in (tensor for inputs in attention for tensor in inputs):
-        assert tensor.type == schema.TensorType.INT8
-        assert list(tensor.quantization.zeroPoint) == [0]
+    for first, second in attention:
+        assert first.type == second.type == schema.TensorType.INT8
+        assert list(second.quantization.zeroPoint) == [0]
+    for (queries, _), (probabilities, _) in zip(attention[::2], attention[1::2], strict=True):
+        assert list(queries.quantization.zeroPoint) == [0]
+        assert list(probabilities.quantization.zeroPoint) == [-128]  # 0 is the lowest level
+        assert 0.3 / 255 < probabilities.quantization.scale.item() <= 1 / 255
     dense = {name: inputs for op, name, inputs in products if op == "FULLY_CONNECTED"}
     types = {
         name: tuple(tensor.type == schema.TensorType.INT8 for tensor in inputs[:2])
