@@ -49,10 +49,10 @@ DYNAMIC_RULES = (
     (".*", _Op.ALL_SUPPORTED, _DYNAMIC),
     ("mean_square", _Op.FULLY_CONNECTED, None),
 )
-# Of two int8 matrices of activations, XNNPACK wants the zero point of the second to be 0, and a
-# tensor keeps its scale while it is reshaped, transposed and split. What goes in and out of the
-# MLP's layers, the result of a GELU above all, is not symmetric; nor are the probabilities, see
-# `_use_all_levels`.
+# Of two int8 matrices of activations XNNPACK wants the zero point of the second to be 0 (its
+# src/subgraph/batch-matrix-multiply.c), and a tensor keeps its scale while it is reshaped,
+# transposed and split. What goes in and out of the MLP's layers, the result of a GELU above all, is
+# not symmetric; nor are the probabilities, which `_use_all_levels` changes afterwards.
 MIXED_RULES = DYNAMIC_RULES + tuple(
     (regex, operation, _static(symmetric, weights))
     for regex, operation, symmetric, weights in (
@@ -198,9 +198,9 @@ class FloatFile:
             model.update_quantization_recipe(regex, operation, config, algorithm)
         result = model.quantize(ranges, enable_progress_report=False, enable_progress_bar=False)
         content = result.quantized_model
-        model = schema.ModelT.InitFromPackedBuf(content)
-        _use_all_levels(model)
-        return pack(model, content)
+        quantized = schema.ModelT.InitFromPackedBuf(content)
+        _use_all_levels(quantized)
+        return pack(quantized, content)
 
     def _ranges(self, rules):
         """The ranges of the activations as litert-quantizer takes them."""
@@ -271,28 +271,30 @@ class FloatFile:
 
 
 def _use_all_levels(model):
-    """Gives probabilities, which are never negative, all levels instead of the upper half.
+    """Gives int8 probabilities, which are never negative, all 256 levels.
 
-    They are the first factor of their product, which may have a zero point; litert-quantizer has
-    one rule for both factors.
+    A zero point of 0 wastes the lower half. The second factor of their product needs it, and
+    litert-quantizer has one rule for both. (Where the softmax is int8, too, they have them all.)
     """
     graph = model.subgraphs[0]
-    makers = {int(operator.outputs[0]): operator for operator in graph.operators}
+    producers = {int(operator.outputs[0]): operator for operator in graph.operators}
 
-    def kind(tensor):
-        return operation_name(model, makers[tensor]) if tensor in makers else None
+    def kind(index):
+        return operation_name(model, producers[index]) if index in producers else None
 
     for operator in graph.operators:
         first = int(operator.inputs[0])
         if (
             operation_name(model, operator) == "BATCH_MATMUL"
             and kind(first) == "QUANTIZE"
-            and kind(int(makers[first].inputs[0])) == "SOFTMAX"
+            and kind(int(producers[first].inputs[0])) == "SOFTMAX"
         ):
-            levels = graph.tensors[first].quantization
-            if graph.tensors[first].type == schema.TensorType.INT8 and levels.zeroPoint[0] == 0:
-                levels.scale = np.float32(levels.scale * (127 / 255))
-                levels.zeroPoint = np.array([-128], "int64")
+            probabilities = graph.tensors[first]
+            quantization = probabilities.quantization
+            is_int8 = probabilities.type == schema.TensorType.INT8
+            if is_int8 and quantization.zeroPoint[0] == 0:
+                quantization.scale = np.float32(quantization.scale * (127 / 255))
+                quantization.zeroPoint = np.array([-128], "int64")
 
 
 def _in_float(model):

@@ -30,22 +30,24 @@ DATA_HELP = "digits, folder:PATH, tfds:NAME[:CONFIG] or tfrecord:PATH."
 def parse_image_size(text):
     """The image size that "224" or "224,320" says: an int, or `(height, width)`."""
     sides = text.split(",")
-    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
+    if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
         raise typer.BadParameter(f"must be PIXELS or HEIGHT,WIDTH, such as 224,320, not {text!r}.")
     height, *width = map(int, sides)
     return (height, *width) if width else height
-
-
-def image_size_option(default):
-    """An option --image-size; `default` says what holds without it."""
-    help = f"Pixels, or HEIGHT,WIDTH (default: {default})."
-    return Annotated[Any, typer.Option(parser=parse_image_size, metavar="SIZE", help=help)]
 
 
 RunArgument = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="A run folder.")]
 DataOption = Annotated[str | None, typer.Option(help="Other data of the same classes.")]
 SkipOption = Annotated[
     bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read.")
+]
+ImageSizeOption = Annotated[
+    Any,  # int | tuple | None, which typer does not take
+    typer.Option(
+        parser=parse_image_size,
+        metavar="SIZE",
+        help="Pixels, or HEIGHT,WIDTH (default: that of the recipe, checkpoint or run).",
+    ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
@@ -117,7 +119,7 @@ def train(
     variant: Annotated[
         str | None, typer.Option(help="A ViT of the table, such as Ti/16 (default: the recipe's).")
     ] = None,
-    image_size: image_size_option("the recipe's, or the checkpoint's") = None,
+    image_size: ImageSizeOption = None,
     patch_size: Annotated[int | None, typer.Option(help="Pixels (default: the variant's).")] = None,
     pooling: Annotated[str | None, typer.Option(help="token, mean, gap, token+gap or map.")] = None,
     position: Annotated[str | None, typer.Option(help="learned or sincos2d.")] = None,
@@ -278,7 +280,7 @@ def data_speed(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe."),
     ] = None,
-    image_size: image_size_option("the recipe's") = None,
+    image_size: ImageSizeOption = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     rounds: Annotated[int, typer.Option(help="How often to measure.")] = 5,
     compare_keras: Annotated[
@@ -394,7 +396,7 @@ def explain(
         pathlib.Path | None,
         typer.Option(help="Folder (default: RUN/explanation or runs/explain-CHECKPOINT)."),
     ] = None,
-    image_size: image_size_option("the model's") = None,
+    image_size: ImageSizeOption = None,
     count: Annotated[int, typer.Option(help="Images at most, the first ones.", min=1)] = 24,
     num_heads: Annotated[
         int | None, typer.Option(help="Attention heads, if the checkpoint does not say.")
@@ -437,7 +439,7 @@ def probe(
     out: Annotated[
         pathlib.Path | None, typer.Option(help="Folder (default: runs/probe-WEIGHTS-DATA).")
     ] = None,
-    image_size: image_size_option("the checkpoint's") = None,
+    image_size: ImageSizeOption = None,
     train_images: Annotated[
         int | None, typer.Option(help="Training images, from all over the split (default: 10,000).")
     ] = None,

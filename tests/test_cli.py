@@ -131,8 +131,8 @@ def test_image_size(monkeypatch, text, expected):
     assert asked["image_size"] == expected
 
 
-@pytest.mark.parametrize("text", ["", "24,", "24x32", "24,32,3", "-24", "24.0"])
-def test_an_image_size_that_is_none(text):
+@pytest.mark.parametrize("text", ["", "24,", "24x32", "24,32,3", "-24", "24.0", "0", "24,0"])
+def test_invalid_image_size(text):
     result = CliRunner().invoke(cli.app, ["train", "--image-size", text])
     assert result.exit_code == 2
     assert f"must be PIXELS or HEIGHT,WIDTH, such as 224,320, not {text!r}" in " ".join(
@@ -162,6 +162,7 @@ def test_evaluate(digits_run, tmp_path):
     out = invoke("evaluate", folder, "--split", "validation")
     accuracy = digits_run.info["results"]["validation_accuracy"]
     assert f"top-1 {accuracy:.4f}" in out
+    assert "top-5" in out
     assert "recall" in out
     folder = folder / "evaluation" / "validation"
     names = {path.name for path in folder.iterdir()}

@@ -477,7 +477,6 @@ def test_int8_mixed_multiplies_integers(files):
     for (queries, _), (probabilities, _) in zip(attention[::2], attention[1::2], strict=True):
         assert list(queries.quantization.zeroPoint) == [0]
         assert list(probabilities.quantization.zeroPoint) == [-128]  # 0 is the lowest level
-        assert 0.3 / 255 < probabilities.quantization.scale.item() <= 1 / 255
     dense = {name: inputs for op, name, inputs in products if op == "FULLY_CONNECTED"}
     types = {
         name: tuple(tensor.type == schema.TensorType.INT8 for tensor in inputs[:2])

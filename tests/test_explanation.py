@@ -134,13 +134,13 @@ def test_page_of_a_checkpoint_without_a_head(checkpoints, photos, tmp_path):
 def test_page_of_a_checkpoint_with_a_head(checkpoints, photos, tmp_path):
     """Classes have numbers; the first images alone; another size."""
     out = tmp_path / "out"
-    arguments = (photos, "--out", out, "--count", 1, "--image-size", 24)
+    arguments = (photos, "--out", out, "--count", 1, "--image-size", "24,12")
     said = explain_checkpoint(checkpoints / "head.safetensors", *arguments)
     assert "the first 1 of 3 images" in said
     assert "class 3 0.450, class 6 0.300, class" in said
     info = json.loads((out / "explanation.json").read_text())
     assert [row["file"] for row in info["images"]] == ["01-a_b_.png"]
-    assert info["image_size"] == [24, 24]
+    assert info["image_size"] == [24, 12]
 
 
 def test_page_of_a_hybrid_has_no_filters(photos, tmp_path, monkeypatch):
@@ -168,9 +168,9 @@ def test_what_was_drawn_among_the_pictures_is_none(digits_run, photos, tmp_path)
 
 
 def test_run_at_another_size(digits_run, photos, tmp_path):
-    invoke("explain", digits_run.folder, photos, "--out", tmp_path / "x", "--image-size", 24)
+    invoke("explain", digits_run.folder, photos, "--out", tmp_path / "x", "--image-size", "24,16")
     info = json.loads((tmp_path / "x" / "explanation.json").read_text())
-    assert info["image_size"] == [24, 24]
+    assert info["image_size"] == [24, 16]
 
 
 def test_what_is_there_is_kept(checkpoints, photos, tmp_path):

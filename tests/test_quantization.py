@@ -8,7 +8,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 import keras_vit
 from keras_vit import export
-from keras_vit.export.calibration import calibrate, constant, dense_layers
+from keras_vit.export.calibration import calibrate, constant, dense_layers, operation_name
 from keras_vit.export.gptq import choose_scales, round_weights
 from keras_vit.export.quantization import _INT4, RULES, FloatFile, _scales
 
@@ -217,6 +217,43 @@ def test_files_hold_the_rounded_weights(content, mode):
     )
     assert len(bits) == 11
     assert {b for name, b in bits.items() if "block" not in name} == {8}
+
+
+def softmax_scales(content):
+    """(type, scale, zero point) of what is multiplied with values, by the name of the softmax."""
+    model = schema.ModelT.InitFromPackedBuf(content)
+    graph = model.subgraphs[0]
+    producers = {int(operator.outputs[0]): operator for operator in graph.operators}
+    for operator in graph.operators:
+        if operation_name(model, operator) == "BATCH_MATMUL":
+            index = int(operator.inputs[0])
+            tensor = graph.tensors[index]
+            if operation_name(model, producers[index]) == "QUANTIZE":
+                index = int(producers[index].inputs[0])
+            name = graph.tensors[index].name.decode()
+            if name.endswith("/Softmax"):
+                levels = tensor.quantization
+                scale, zero = (np.ravel(x).tolist() for x in (levels.scale, levels.zeroPoint))
+                yield name, (tensor.type, *scale, *zero)
+
+
+@pytest.mark.parametrize("mode", ["int8_mixed", "int8_full", "a16w8"])
+def test_probabilities_have_all_levels(content, mode):
+    calibration = calibrate(content, random_images(3))
+    scales = dict(softmax_scales(FloatFile(content, calibration).quantize(RULES[mode])))
+    assert len(scales) == 2
+    for name, (kind, scale, zero) in scales.items():
+        largest = calibration.ranges[name][1].item()
+        assert 0.1 < largest < 1
+        if mode == "int8_mixed":
+            assert (kind, zero) == (schema.TensorType.INT8, -128)
+            assert scale == pytest.approx(largest / 255)
+        elif mode == "int8_full":
+            assert (kind, zero) == (schema.TensorType.INT8, -128)
+            assert scale == 1 / 256  # of any int8 softmax
+        else:
+            assert (kind, zero) == (schema.TensorType.INT16, 0)
+            assert scale == 1 / 32768
 
 
 def test_scales_that_float16_cannot_hold_stay_at_8_bits(tmp_path):

@@ -355,7 +355,26 @@ def test_header(gpus, replicas, hidden, said, tmp_path, monkeypatch, capsys):
         f"2 blocks of width 16, patches of 4 px, images of 8 px, 4,321 parameters, on {said}\n"
     )
     assert ("TensorFlow found no GPU: pip install" in out) == (not gpus and not hidden)
-    assert "note: 4 patches are few" in out
+    assert "note: patches per image: 4, few" in out
+    assert "or a smaller patch_size (--patch-size) gives more" in out
+
+
+def test_header_of_few_patches_that_stay_as_they_are(tmp_path, capsys):
+    """Of a checkpoint, and of a hybrid, whose patches are one pixel of what its stem gives."""
+    recipe = dataclasses.replace(SMALL, patch_size=1, image_size=3)
+    info = {
+        "data": {"name": "fish", "class_names": list("ab"), "skipped": 0}
+        | {"train": 12, "validation": 3, "test": 4},
+        "recipe": dataclasses.asdict(recipe),
+        "model": {"image_size": [8, 8], "parameters": 4321},
+    }
+    weights = {"path": "S_16.npz", "sha256": 64 * "a"}
+    for of, model in ((None, model_of(recipe, 6)), (weights, model_of(SMALL, 6))):
+        run = Run(tmp_path, {**info, "weights": of})
+        report.print_header(report.chief_console(Workers()), run, model, Workers())
+    said = [line for line in capsys.readouterr().out.splitlines() if "few" in line]
+    ending = ", few for a transformer; a larger image_size (--image-size) gives more"
+    assert said == [f"note: patches per image: {count}{ending}" for count in (9, 4)]
 
 
 def test_header_of_enough_patches(tmp_path, capsys):
@@ -448,7 +467,7 @@ def test_what_cannot_be_cleared_away_does_not_hide_why_it_failed(stuck, tmp_path
         ({"data": "folder:/no/photos"}, r"does not exist.*/no/photos"),
         ({"data": "tfrecord:/no/photos"}, r"must exist.*/no/photos"),
         ({"variant": "Ti/17"}, r"`variant` must be one of.*'Ti/17'"),
-        ({"recipe": "smal"}, r"`recipe` must be one of.* Did you mean small\? Received: 'smal'"),
+        ({"recipe": "smal"}, r"`recipe` must be one of.* Did you mean 'small'\? Received: 'smal'"),
         ({}, r"exists and is not a run folder"),
     ],
 )

@@ -16,6 +16,7 @@ from keras_vit.data.images import ImageFacts, check_image, read_image
 from keras_vit.data.jpeg import decode_jpeg
 from keras_vit.data.progress import map_threads
 from keras_vit.data.structures import SPLIT_NAMES, ImageData, Split, Window, cut, fingerprint
+from keras_vit.files import shown
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -77,7 +78,7 @@ def load_folder(path: str | os.PathLike, *, skip_unreadable: bool = False) -> Im
         **{name: _to_split(root, files[name], facts) for name in files},
         image_size=_median_size([facts[file] for file, _ in files["train"]]),
         fingerprint=_fingerprint(root, class_names, files),
-        skipped=tuple(unreadable[file] for file in sorted(unreadable)),
+        skipped={shown(root / file): unreadable[file] for file in sorted(unreadable)},
     )
 
 

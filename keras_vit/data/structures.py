@@ -106,7 +106,7 @@ class ImageData:
             size, otherwise the median over the training images or a sample of them.
         fingerprint: SHA-256 in hex over what identifies the data and their splits. The place
             of the data on the disk is no part of it.
-        skipped: What is wrong with each unreadable file that was left out, and its path.
+        skipped: The unreadable files that were left out: path -> what is wrong with it.
     """
 
     name: str
@@ -116,7 +116,7 @@ class ImageData:
     test: Split
     image_size: tuple[int, int]
     fingerprint: str
-    skipped: tuple[str, ...] = ()
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:

@@ -364,7 +364,7 @@ def _print_header(console, info, data):
         f"{info['weights']}: {info['width']:,} features of images of {height} x {width} px\n"
         f"{data.name}: {data.num_classes} classes, {', '.join(counts)} images"
     )
-    for error in data.skipped:
+    for error in data.skipped.values():
         console.print(f"skipped: {error}")
 
 

@@ -471,17 +471,17 @@ def default_recipe(image_size):
 def named_recipe(name):
     """The recipe of that name; ValueError if there is none."""
     if name not in RECIPES:
+        near = _nearest(name, RECIPES)
+        meant = f" Did you mean {near!r}?" if near else ""
         raise ValueError(
-            f"`recipe` must be one of {', '.join(RECIPES)}.{_meant(name, RECIPES)} "
-            f"Received: {name!r}."
+            f"`recipe` must be one of {', '.join(RECIPES)}.{meant} Received: {name!r}."
         )
     return RECIPES[name]
 
 
-def _meant(name, names, ending="?"):
-    """The question after a name that is none: " Did you mean small?"; or nothing."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" Did you mean {near[0]}{ending}" if near else ""
+def _nearest(name, names):
+    """The one of `names` that is most like a name that is none of them; None if none is."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
 
 
 def resolve_recipe(recipe, image_size, overrides, weights=None):
@@ -553,7 +553,8 @@ def parse_override(text):
     name, equals, value = (part.strip() for part in text.partition("="))
     names = [field.name for field in dataclasses.fields(Recipe) if field.name not in TEXTS]
     if not equals or name not in names:
-        meant = _meant(name, names, "=...?")
+        near = _nearest(name, names)
+        meant = f" Did you mean {near}=...?" if near else ""
         raise ValueError(
             "An override must be FIELD=VALUE, with a field of a recipe, such as mixup=0.2; "
             f"`keras-vit recipes small` lists them.{meant} Received: {text!r}."

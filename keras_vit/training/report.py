@@ -13,7 +13,7 @@ from keras_vit.files import replacing
 from keras_vit.model import vit_arguments
 
 LARGE_SIDE = 384  # pixels, the paper's for fine-tuning
-FEW_PATCHES = 16  # less than a grid of 4 x 4, as the smallest recipe has
+ENOUGH_PATCHES = 16  # the 4 x 4 of "tiny", the smallest grid of a recipe
 _SHOWN_CLASSES = 5
 _NVIDIA_DRIVER = pathlib.Path("/proc/driver/nvidia")
 
@@ -40,10 +40,12 @@ def print_header(console, run, model, workers):
         f"{facts['parameters']:,} parameters, on {_devices(workers.replicas)}"
     )
     patches = model.get_layer("patches").output.shape[1]
-    if patches < FEW_PATCHES:
+    if patches < ENOUGH_PATCHES:
+        is_free = weights is None and vit_arguments(model)["variant"].patch_size > 1
+        smaller = " or a smaller patch_size (--patch-size)" if is_free else ""
         console.print(
-            f"note: {patches} patches are few for a transformer; a larger image_size "
-            "(--image-size) or a smaller patch_size (--patch-size) gives more"
+            f"note: patches per image: {patches}, few for a transformer; a larger image_size "
+            f"(--image-size){smaller} gives more"
         )
     if _misses_gpu():
         console.print(

@@ -158,7 +158,7 @@ def train(
         print_header(console, run, model, workers)
         if weights is not None and recipe.image_size is None:
             print_large(console, model)
-        for error in data.skipped:
+        for error in data.skipped.values():
             console.print(f"skipped: {error}")
         fit_and_record(run, vit, model, data, recipe, console, workers)
     return run
