@@ -319,6 +319,17 @@ def test_an_empty_folder_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["best.keras"]
 
 
+def header_info(recipe, image_size, weights=None):
+    """What run.json says of a run, as far as its header does."""
+    data = {"name": "fish", "class_names": list("abcdef"), "skipped": 2}
+    return {
+        "data": {**data, "train": 1234, "validation": 56, "test": 78},
+        "weights": weights,
+        "recipe": dataclasses.asdict(recipe),
+        "model": {"image_size": image_size, "parameters": 4321},
+    }
+
+
 @pytest.mark.parametrize(
     ("gpus", "replicas", "hidden", "said"),
     [
@@ -331,13 +342,6 @@ def test_an_empty_folder_stays(tmp_path):
 )
 def test_header(gpus, replicas, hidden, said, tmp_path, monkeypatch, capsys):
     model = model_of(SMALL, 6)
-    info = {
-        "data": {"name": "fish", "class_names": list("abcdef"), "skipped": 2}
-        | {"train": 1234, "validation": 56, "test": 78},
-        "weights": None,
-        "recipe": dataclasses.asdict(SMALL),
-        "model": {"image_size": [8, 8], "parameters": 4321},
-    }
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["a GPU"] * gpus)
     details = {"device_name": "NVIDIA H200"}
     monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details)
@@ -347,7 +351,8 @@ def test_header(gpus, replicas, hidden, said, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     strategy = types.SimpleNamespace(num_replicas_in_sync=replicas)
     console = report.chief_console(Workers())
-    report.print_header(console, Run(tmp_path, info), model, Workers(strategy))
+    run = Run(tmp_path, header_info(SMALL, [8, 8]))
+    report.print_header(console, run, model, Workers(strategy))
     out = capsys.readouterr().out
     assert out.startswith(
         "fish: 6 classes (a, b, c, d, e, ...), 1,234 training, 56 validation, 78 test images, "
@@ -362,15 +367,9 @@ def test_header(gpus, replicas, hidden, said, tmp_path, monkeypatch, capsys):
 def test_header_of_few_patches_that_stay_as_they_are(tmp_path, capsys):
     """Of a checkpoint, and of a hybrid, whose patches are one pixel of what its stem gives."""
     recipe = dataclasses.replace(SMALL, patch_size=1, image_size=3)
-    info = {
-        "data": {"name": "fish", "class_names": list("ab"), "skipped": 0}
-        | {"train": 12, "validation": 3, "test": 4},
-        "recipe": dataclasses.asdict(recipe),
-        "model": {"image_size": [8, 8], "parameters": 4321},
-    }
     weights = {"path": "S_16.npz", "sha256": 64 * "a"}
     for of, model in ((None, model_of(recipe, 6)), (weights, model_of(SMALL, 6))):
-        run = Run(tmp_path, {**info, "weights": of})
+        run = Run(tmp_path, header_info(recipe, [3, 3], weights=of))
         report.print_header(report.chief_console(Workers()), run, model, Workers())
     said = [line for line in capsys.readouterr().out.splitlines() if "few" in line]
     ending = ", few for a transformer; a larger image_size (--image-size) gives more"
@@ -379,14 +378,8 @@ def test_header_of_few_patches_that_stay_as_they_are(tmp_path, capsys):
 
 def test_header_of_enough_patches(tmp_path, capsys):
     model = model_of(dataclasses.replace(SMALL, image_size=(8, 32)), 6)  # 2 x 8
-    info = {
-        "data": {"name": "fish", "class_names": list("ab"), "skipped": 0}
-        | {"train": 12, "validation": 3, "test": 4},
-        "weights": None,
-        "recipe": dataclasses.asdict(SMALL),
-        "model": {"image_size": [8, 32], "parameters": 4321},
-    }
-    report.print_header(report.chief_console(Workers()), Run(tmp_path, info), model, Workers())
+    run = Run(tmp_path, header_info(SMALL, [8, 32]))
+    report.print_header(report.chief_console(Workers()), run, model, Workers())
     out = capsys.readouterr().out
     assert "images of 8 x 32 px" in out
     assert "few" not in out
