@@ -277,18 +277,14 @@ def _use_all_levels(model):
     litert-quantizer has one rule for both. (Where the softmax is int8, too, they have them all.)
     """
     graph = model.subgraphs[0]
-    producers = {int(operator.outputs[0]): operator for operator in graph.operators}
+    producers = {int(index): operator for operator in graph.operators for index in operator.outputs}
 
     def kind(index):
         return operation_name(model, producers[index]) if index in producers else None
 
-    for operator in graph.operators:
-        first = int(operator.inputs[0])
-        if (
-            operation_name(model, operator) == "BATCH_MATMUL"
-            and kind(first) == "QUANTIZE"
-            and kind(int(producers[first].inputs[0])) == "SOFTMAX"
-        ):
+    products = [op for op in graph.operators if operation_name(model, op) == "BATCH_MATMUL"]
+    for first in (int(product.inputs[0]) for product in products):
+        if kind(first) == "QUANTIZE" and kind(int(producers[first].inputs[0])) == "SOFTMAX":
             probabilities = graph.tensors[first]
             quantization = probabilities.quantization
             is_int8 = probabilities.type == schema.TensorType.INT8
