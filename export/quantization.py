@@ -49,19 +49,20 @@ DYNAMIC_RULES = (
     (".*", _Op.ALL_SUPPORTED, _DYNAMIC),
     ("mean_square", _Op.FULLY_CONNECTED, None),
 )
-# Of two int8 matrices of activations XNNPACK wants the zero point of the second to be 0 (its
-# src/subgraph/batch-matrix-multiply.c), and a tensor keeps its scale while it is reshaped,
-# transposed and split. What goes in and out of the MLP's layers, the result of a GELU above all, is
-# not symmetric; nor are the probabilities, which `_use_all_levels` changes afterwards.
+# Besides, attention in int8, with ranges of calibration: the layers that make q, k and v, the two
+# products of activations, and what lays out their operands. Of two int8 matrices of activations
+# XNNPACK wants the zero point of the second to be 0 (its src/subgraph/batch-matrix-multiply.c), and
+# a tensor keeps its scale while it is reshaped, transposed and split; of the probabilities
+# `_use_all_levels` changes it afterwards. proj, fc1 and fc2 stay dynamic: a static layer's output
+# has a range of calibration, too, which costs most in the residual stream and before the GELU.
 MIXED_RULES = DYNAMIC_RULES + tuple(
-    (regex, operation, _static(symmetric, weights))
-    for regex, operation, symmetric, weights in (
-        (r"block_\d+/", _Op.BATCH_MATMUL, True, None),
-        (r"block_\d+/", _Op.RESHAPE, True, None),
-        (r"block_\d+/", _Op.TRANSPOSE, True, None),
-        (r"block_\d+/", _Op.SPLIT, True, None),
-        (r"block_\d+/(qkv|q|kv|proj)/", _Op.FULLY_CONNECTED, True, _WEIGHTS),
-        (r"block_\d+/(fc1|fc2)/", _Op.FULLY_CONNECTED, False, _WEIGHTS),
+    (regex, operation, _static(symmetric=True, weights=weights))
+    for regex, operation, weights in (
+        (r"block_\d+/", _Op.BATCH_MATMUL, None),
+        (r"block_\d+/", _Op.RESHAPE, None),
+        (r"block_\d+/", _Op.TRANSPOSE, None),
+        (r"block_\d+/", _Op.SPLIT, None),
+        (r"block_\d+/(qkv|q|kv)/", _Op.FULLY_CONNECTED, _WEIGHTS),
     )
 )
 # 4 bits in the blocks, 32 weights to a scale; what is before and after them, and what has not

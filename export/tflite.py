@@ -72,8 +72,8 @@ def export_tflite(
     | `fp32`         | float32                   | float32                                 | 1    |
     | `fp16`         | float16                   | float16 on ARMv8.2, else float32        | 1/2  |
     | `dynamic_int8` | int8, one scale a channel | int8 in dense layers, else float32      | 1/4  |
-    | `int8_mixed`   | int8, one scale a channel | int8 in dense layers and attention, the | 1/4  |
-    |                |                           | ranges fixed by calibration; else float |      |
+    | `int8_mixed`   | int8, one scale a channel | int8 in dense layers and, with ranges   | 1/4  |
+    |                |                           | fixed by calibration, in attention      |      |
     | `int4`         | int4, one scale to 32     | int8 in dense layers, else float32      | 1/6  |
     | `int8_full`    | int8, one scale a channel | integers only, for NPUs: int8, norms    | 1/4  |
     |                |                           | and residual stream int16; CPUs: slow   |      |

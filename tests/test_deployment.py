@@ -463,7 +463,7 @@ def operators(path):
 
 
 def test_int8_mixed_multiplies_integers(files):
-    """Every product within a block; for XNNPACK, the zero point of a second activation is 0."""
+    """Of attention; for XNNPACK, the zero point of a second activation is 0."""
     products = [
         (name, output.name.decode(), inputs)
         for name, output, inputs in operators(files["vit", "int8_mixed"])
@@ -482,11 +482,12 @@ def test_int8_mixed_multiplies_integers(files):
         name: tuple(tensor.type == schema.TensorType.INT8 for tensor in inputs[:2])
         for name, inputs in dense.items()
     }
-    blocks = {name: both for name, both in types.items() if "/" in name and "mean" not in name}
-    assert sum(both == (True, True) for both in blocks.values()) == 4 * CONFIG.depth + 1
-    assert [both for name, both in types.items() if "mean_square" in name] == (
-        [(False, False)] * (2 * CONFIG.depth + 1)
-    )
+    means = [both for name, both in types.items() if "mean_square" in name]
+    assert means == [(False, False)] * (2 * CONFIG.depth + 1)
+    static = [name.split("/MatMul")[0] for name, both in types.items() if both == (True, True)]
+    assert sorted(static) == ["block_0/qkv", "block_1/qkv", "block_2/kv", "block_2/q"]
+    dynamic = [name for name, both in types.items() if both == (False, True)]
+    assert len(dynamic) == 3 * CONFIG.depth + 2  # proj, fc1, fc2; the patches and the head
 
 
 @pytest.mark.parametrize(

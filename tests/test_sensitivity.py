@@ -118,7 +118,8 @@ def test_sensitivity_is_that_of_one_layer(source):
     [
         ("dynamic_int8", "float32", "block_0/fc1", (FLOAT, FLOAT)),
         ("int4", "dynamic_int8", "block_0/fc1", (INT8, FLOAT)),
-        ("int8_mixed", "dynamic_int8", "block_0/fc1", (INT8, FLOAT)),
+        ("int8_mixed", "dynamic_int8", "block_0/qkv", (INT8, FLOAT)),
+        ("int8_mixed", "float32", "block_0/fc1", (FLOAT, FLOAT)),
         ("int8_mixed", "dynamic_int8", "block_0/probabilities", (FLOAT, FLOAT)),
         ("int8_mixed", "dynamic_int8", "block_0/values", (FLOAT, FLOAT)),
         ("int8_mixed", "float32", "head", (FLOAT, FLOAT)),
