@@ -1,7 +1,7 @@
-"""The TFLite converter, run in a process of its own: `python -m keras_vit.export.convert`.
+"""The TFLite converter, run in a process of its own, which `keras_vit.export.tflite` starts.
 
 Every call of the converter leaks memory and logs to stderr, and `tf.lite` is announced for
-removal. So this is the only module that touches it, and `keras_vit.export.tflite` only starts it.
+removal. So this is the only module that touches it.
 """
 
 import argparse
@@ -132,7 +132,3 @@ def main():
         output.unlink(missing_ok=True)  # what is left of it fills the disk
         report = {"errno": error.errno}
     pathlib.Path("report.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main()
