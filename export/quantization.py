@@ -49,8 +49,8 @@ DYNAMIC_RULES = (
     (".*", _Op.ALL_SUPPORTED, _DYNAMIC),
     ("mean_square", _Op.FULLY_CONNECTED, None),
 )
-# Besides, attention in int8, with ranges of calibration: the layers that make q, k and v, the two
-# products of activations, and what lays out their operands. Of two int8 matrices of activations
+# As DYNAMIC_RULES, and attention with ranges of calibration: the layers that make q, k and v, the
+# two products of activations, and what lays out their operands. Of two int8 matrices of activations
 # XNNPACK wants the zero point of the second to be 0 (its src/subgraph/batch-matrix-multiply.c), and
 # a tensor keeps its scale while it is reshaped, transposed and split; of the probabilities
 # `_use_all_levels` changes it afterwards. proj, fc1 and fc2 stay dynamic: a static layer's output

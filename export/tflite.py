@@ -43,8 +43,8 @@ _QUANTIZED_MODES = ("dynamic_int8", *_CALIBRATED_MODES)
 _8_BIT_PROBABILITIES = ("int8_mixed", "int8_full")
 _EQUALIZED_MODES = ("dynamic_int8", "int8_mixed", *NPU_MODES)
 
-# TensorFlow and Keras import these where they are installed, a third of the time that the process
-# takes to start; the conversion needs none of them.
+# TensorFlow and Keras import these three where they are installed, a third of the time that the
+# process takes to start. The conversion needs none of them; None stands for "not installed".
 _CONVERT = """
 import sys
 sys.modules.update(dict.fromkeys(("jax", "matplotlib", "sklearn")))
@@ -81,8 +81,9 @@ def export_tflite(
     | `fp32`         | float32                   | float32                                 | 1    |
     | `fp16`         | float16                   | float16 on ARMv8.2, else float32        | 1/2  |
     | `dynamic_int8` | int8, one scale a channel | int8 in dense layers, else float32      | 1/4  |
-    | `int8_mixed`   | int8, one scale a channel | int8 in dense layers and, with ranges   | 1/4  |
-    |                |                           | fixed by calibration, in attention      |      |
+    | `int8_mixed`   | int8, one scale a channel | int8 in dense layers and attention,     | 1/4  |
+    |                |                           | whose ranges calibration fixes, from    |      |
+    |                |                           | the layer for q, k, v on; else float32  |      |
     | `int4`         | int4, one scale to 32     | int8 in dense layers, else float32      | 1/6  |
     | `int8_full`    | int8, one scale a channel | integers only, for NPUs: int8, norms    | 1/4  |
     |                |                           | and residual stream int16; CPUs: slow   |      |
@@ -364,6 +365,7 @@ def _run_converter(folder, output, mode):
         # The same packages as here, and no hold on the GPU that trains.
         "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
         "CUDA_VISIBLE_DEVICES": "-1",
+        "KERAS_BACKEND": "tensorflow",
     }
     with progress_bar() as progress, open(folder / "stderr", "w+", errors="replace") as errors:
         task = progress.add_task(mode, total=None)

@@ -463,7 +463,7 @@ def operators(path):
 
 
 def test_int8_mixed_multiplies_integers(files):
-    """Of attention; for XNNPACK, the zero point of a second activation is 0."""
+    """In attention, by calibration; for XNNPACK, the zero point of a second activation is 0."""
     products = [
         (name, output.name.decode(), inputs)
         for name, output, inputs in operators(files["vit", "int8_mixed"])
@@ -484,10 +484,14 @@ def test_int8_mixed_multiplies_integers(files):
     }
     means = [both for name, both in types.items() if "mean_square" in name]
     assert means == [(False, False)] * (2 * CONFIG.depth + 1)
-    static = [name.split("/MatMul")[0] for name, both in types.items() if both == (True, True)]
-    assert sorted(static) == ["block_0/qkv", "block_1/qkv", "block_2/kv", "block_2/q"]
-    dynamic = [name for name, both in types.items() if both == (False, True)]
-    assert len(dynamic) == 3 * CONFIG.depth + 2  # proj, fc1, fc2; the patches and the head
+    static, dynamic = (
+        {name.split("/MatMul")[0] for name, both in types.items() if both == (by_calibration, True)}
+        for by_calibration in (True, False)
+    )
+    assert static == {"block_0/qkv", "block_1/qkv", "block_2/q", "block_2/kv"}
+    layers = {f"block_{i}/{name}" for i in range(CONFIG.depth) for name in ("proj", "fc1", "fc2")}
+    assert {name for name in dynamic if name.startswith("block")} == layers
+    assert len(dynamic - layers) == 2  # the patches and the head
 
 
 @pytest.mark.parametrize(
