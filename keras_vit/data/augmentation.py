@@ -89,6 +89,7 @@ class Augmentation:
 
         return window
 
+    @tf.autograph.experimental.do_not_convert  # which takes seconds, and has nothing to convert
     def apply(self, image: tf.Tensor, key: tf.Tensor, *, crop: bool = True) -> tf.Tensor:
         """Changes an image of the model's size.
 
