@@ -34,7 +34,9 @@ IN_PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 test-tensorflow: $(READY)
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(IN_PARALLEL)
 
-# The core alone: training and export are TensorFlow's.
+# The core alone: training and export are TensorFlow's. What one process compiles, the others read.
+test-jax: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/jax
+test-jax: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 test-jax: $(READY)
 	KERAS_BACKEND=jax $(BIN)/python -m pytest $(IN_PARALLEL) tests/core
 
