@@ -56,7 +56,7 @@ EVERYTHING = Recipe(
     cutmix=1.0,
     rotation=10.0,
     shift=0.1,
-    rand_augment=(2, 9),
+    rand_augment=(1, 9),
     erasing=0.25,
 )
 TUNED = {

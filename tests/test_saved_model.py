@@ -452,6 +452,13 @@ def with_temperature(model):
     return keras.Model(model.input, keras.layers.Rescaling(0.05)(model.output))
 
 
+@pytest.fixture(scope="module")
+def logits(tmp_path_factory):
+    """A model of logits, and its `serve_bytes`."""
+    model, folder = build(), tmp_path_factory.mktemp("logits")
+    return model, export_signatures(model, folder, top=3)["serve_bytes"]
+
+
 @pytest.mark.parametrize(
     "softmax",
     [
@@ -464,15 +471,13 @@ def with_temperature(model):
     ],
     ids=["layer", "activation", "of a function", "Keras' function", "operation", "linear after"],
 )
-def test_no_softmax_comes_after_one(tmp_path, softmax):
-    logits = build()
-    model = keras.Model(logits.input, softmax(logits.output))
+def test_no_softmax_comes_after_one(tmp_path, softmax, logits):
+    without, served = logits
+    model = keras.Model(without.input, softmax(without.output))
     image = np.random.default_rng(0).integers(0, 256, IMAGE_SHAPE, "uint8")
-    contents = [encode(image, "PNG")]
-    for folder, each in (("logits", logits), ("softmax", model)):
-        served = export_signatures(each, tmp_path / folder, top=3)["serve_bytes"]
-        best = served(contents)["probabilities"]
-        expected = np.sort(model.predict(image[None].astype("float32"), verbose=0))[:, :-4:-1]
+    expected = np.sort(model.predict(image[None].astype("float32"), verbose=0))[:, :-4:-1]
+    for serve in (served, export_signatures(model, tmp_path, top=3)["serve_bytes"]):
+        best = serve([encode(image, "PNG")])["probabilities"]
         np.testing.assert_allclose(best, expected, rtol=1e-5)
     with pytest.raises(ValueError, match=r"must be None for a model that ends in a softmax or"):
         export.export_tflite(model, tmp_path / "vit.tflite", mode="fp32", activation="softmax")

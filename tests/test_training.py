@@ -609,12 +609,6 @@ def test_recipe_fits_the_images(image_size, name):
     assert resolve_recipe(None, image_size, {}) == RECIPES[name]
 
 
-def test_every_recipe_builds():
-    for recipe in RECIPES.values():
-        if recipe.variant is not None:
-            assert model_of(recipe, 5).output_shape == (None, 5)
-
-
 def test_run_that_is_none(tmp_path):
     with pytest.raises(ValueError, match=r"is not a run folder: run.json cannot be read"):
         load_run(tmp_path)
