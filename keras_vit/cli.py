@@ -201,15 +201,11 @@ def train(
     out = out or pathlib.Path("runs") / run_name(data)
     start_tensorflow()
     from keras_vit.training import Recipe, TrainingInterrupted, train
-    from keras_vit.training.recipes import parse_override
 
     fields = {field.name for field in dataclasses.fields(Recipe)}
     # Options that are not used above by name are fields of the recipe.
-    overrides = {k: v for k, v in context.params.items() if k in fields and v is not None}
-    for name, value in map(parse_override, settings or ()):
-        if name in overrides:
-            raise ValueError(f"{name} must be given once. Received: {overrides[name]} and {value}.")
-        overrides[name] = value
+    options = {name: value for name, value in context.params.items() if name in fields}
+    overrides = recipe_overrides(options, settings)
     with contextlib.suppress(TrainingInterrupted):  # which has said how to go on
         train(
             data,
@@ -229,6 +225,18 @@ def train(
             overwrite=overwrite,
             **overrides,
         )
+
+
+def recipe_overrides(options, settings):
+    """Fields of a recipe by the options of their names (None: not given) and by --set."""
+    from keras_vit.training.recipes import parse_override
+
+    overrides = {name: value for name, value in options.items() if value is not None}
+    for name, value in map(parse_override, settings or ()):
+        if name in overrides:
+            raise ValueError(f"{name} must be given once. Received: {overrides[name]} and {value}.")
+        overrides[name] = value
+    return overrides
 
 
 def check_resume_options(context):
@@ -281,7 +289,7 @@ def data_speed(
         typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe."),
     ] = None,
     image_size: ImageSizeOption = None,
-    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch; 32 by default.")] = None,
     rounds: Annotated[int, typer.Option(help="How often to measure.")] = 5,
     compare_keras: Annotated[
         bool, typer.Option("--compare-keras", help="Against keras.layers.RandAugment, in turn.")
@@ -292,15 +300,16 @@ def data_speed(
     start_tensorflow()
     from keras_vit.data import load_data
     from keras_vit.data.speed import data_speed
-    from keras_vit.training.recipes import named_recipe, parse_override
+    from keras_vit.training.recipes import named_recipe
 
-    overrides = dict(parse_override(setting) for setting in settings or ())
+    options = {"image_size": image_size, "batch_size": batch_size}
+    overrides = recipe_overrides(options, settings)
     recipe = dataclasses.replace(named_recipe(recipe), **overrides)
-    size = image_size or recipe.image_size or 224
+    size = recipe.image_size or 224
     result = data_speed(
         load_data(data, skip_unreadable=skip_unreadable).train,
         (size, size) if isinstance(size, int) else tuple(size),
-        batch_size=batch_size,
+        batch_size=overrides.get("batch_size", 32),
         augmentation=recipe.augmentation,
         compare_keras=compare_keras,
         rounds=rounds,

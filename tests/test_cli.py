@@ -18,8 +18,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from keras_vit import cli, training
-from keras_vit.data import load_data
+from keras_vit.data import load_data, speed
 from keras_vit.data.pipeline import spread_images
+from keras_vit.data.speed import DataSpeed
 from keras_vit.export import LIMITS, NPU_MODES
 from keras_vit.training import evaluation
 
@@ -145,6 +146,28 @@ def test_a_field_is_given_once(tmp_path):
     for given in (twice, ("--set", "batch_size=64", *twice[2:])):
         with pytest.raises(ValueError, match=r"batch_size must be given once. Received: 64 and 32"):
             invoke("train", "--data", "digits", "--out", tmp_path / "run", *given)
+    with pytest.raises(ValueError, match=r"image_size must be given once. Received: 24 and 32"):
+        invoke("data-speed", "--data", "digits", "--image-size", 24, "--set", "image_size=32")
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "batch_size"),
+    [
+        ((), (16, 16), 32),
+        (("--image-size", "24,40", "--set", "batch_size=8"), (24, 40), 8),
+        (("--set", "image_size=40", "--batch-size", 8), (40, 40), 8),
+    ],
+)
+def test_data_speed_is_of_what_is_asked(monkeypatch, options, size, batch_size):
+    asked = []
+
+    def data_speed(split, image_size, *, batch_size, **_):
+        asked.append((image_size, batch_size))
+        return DataSpeed((1.0,), ())
+
+    monkeypatch.setattr(speed, "data_speed", data_speed)
+    invoke("data-speed", "--data", "digits", "--recipe", "tiny", *options)
+    assert asked == [(size, batch_size)]
 
 
 def test_options_that_turn_something_off_are_taken(monkeypatch):
