@@ -29,6 +29,7 @@ LONGEST = (
     "test_workers",
     "test_weights",
     "test_notebooks",
+    "test_saved_model",
 )
 
 

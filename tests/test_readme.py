@@ -61,8 +61,7 @@ def test_every_block_is_run_here():
 
 
 def test_array_to_phone(tmp_path, capsys):
-    """In fewer epochs."""
-    result = run(EXAMPLE, changes=[("epochs=20", "epochs=6")])["result"]
+    result = run(EXAMPLE)["result"]
     result.check()
     [reference, file] = result.rows
     assert min(reference.accuracy, file.accuracy) > 0.8
