@@ -57,7 +57,7 @@ def pytest_collection_finish():
     """What is imported by now stays: no garbage collection of an export need look through it."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000)
+    gc.set_threshold(10_000)  # new objects that make one due; tracing makes them by the million
 
 
 @pytest.fixture(scope="module", autouse=True)
