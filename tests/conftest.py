@@ -64,8 +64,7 @@ def pytest_collection_finish():
 def memory_back():
     """What a file of tests leaves free is given back, of which gigabytes would add up.
 
-    What it does not is looked through no more: the garbage collections of later files, of which
-    each looks through all there is, would take a third of their time.
+    What it does not is looked through no more by the garbage collections of later files.
     """
     yield
     gc.collect()
